@@ -1,9 +1,23 @@
-"""Anime faces by denoising diffusion, as a Diffusers pipeline."""
+"""Anime faces by denoising diffusion, as a Diffusers pipeline.
 
+The classes are imported when they are first used: `prepare_dataset` and its worker processes need no torch.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from .pipeline_animeface import AnimeFacePipeline
-from .unet_animeface import AnimeFaceUNet2DModel
+if TYPE_CHECKING:
+    from .pipeline_animeface import AnimeFacePipeline
+    from .unet_animeface import AnimeFaceUNet2DModel
 
 __version__ = version("animeface-pipeline")
 __all__ = ["AnimeFacePipeline", "AnimeFaceUNet2DModel", "__version__"]
+
+_MODULES = {"AnimeFacePipeline": "pipeline_animeface", "AnimeFaceUNet2DModel": "unet_animeface"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

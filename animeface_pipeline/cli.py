@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -18,6 +19,14 @@ EXIT_NON_FINITE = 4  # training was stopped by steps whose loss or gradients wer
 
 class BadInput(ValueError):
     """Input that a command refuses; the message names the thing, the rule and the way out in one line."""
+
+
+class Stopped(Exception):
+    """The command ends early but in order: the reason for a person, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -43,9 +52,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
     def run(*args: object, **kwargs: object) -> NoReturn:
         try:
             sys.exit(main(*args, **kwargs) or EXIT_DONE)
-        except BadInput as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(EXIT_BAD_INPUT)
+        except (BadInput, Stopped) as error:
+            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+                prefix = "error: " if isinstance(error, BadInput) else ""
+                print(prefix + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(error.exit_code if isinstance(error, Stopped) else EXIT_BAD_INPUT)
 
     return run
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,14 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -29,17 +35,23 @@ logger = logging.get_logger(__name__)
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 CARD_FILES = ("README.md", "assets/*.png")
-PUBLISHED_FILES = (
+REQUIRED_FILES = (
     "model_index.json",
     "pipeline_animeface.py",
-    "scheduler/*.json",
+    "scheduler/scheduler_config.json",
     "unet/config.json",
     "unet/unet_animeface.py",
-    "unet/*.safetensors*",
-    *CARD_FILES,
+    "unet/*.safetensors",
 )
+PUBLISHED_FILES = (*REQUIRED_FILES, "unet/*.safetensors.index*.json", *CARD_FILES)
 
 _HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# A weights file, one of its shards or their index; the variant is before the shard's number or in the index's name.
+_WEIGHTS = re.compile(
+    r"unet/diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+)
+# The repository's name in the card's examples: `USER/NAME` until it is pushed, another one if it is pushed elsewhere.
+_NAME_IN_CARD = re.compile(r'(?<=from_pretrained\(")[^"]+(?=")')
 _SIGNATURE = re.compile(r"\n*<!-- written by animeface_pipeline, sha256 of the text above: [0-9a-f]{64} -->\s*$")
 
 MINIMAL_CARD = """\
@@ -251,7 +263,11 @@ class AnimeFacePipeline(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         card: Mapping[str, str | bytes] | None = None,
-        **kwargs: Any,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
     ) -> None:
         r"""
         Save everything that either kind of user needs: index, weights, scheduler, the two code files and a card.
@@ -265,7 +281,8 @@ class AnimeFacePipeline(DiffusionPipeline):
             card (`dict[str, str | bytes]`, *optional*):
                 The model card and its pictures by file name (`README.md`, `assets/….png`). Without it the card that
                 came with the weights is carried along. A `README.md` that somebody edited is never overwritten.
-            kwargs (*optional*): `repo_id`, `commit_message`, `private`, `token`, `create_pr`, for `push_to_hub`.
+            repo_id (`str`, *optional*): Where to push to; defaults to the folder's name, in your own namespace.
+            commit_message, private, token, create_pr (*optional*): As in [`~AnimeFacePipeline.push_to_hub`].
 
         Raises:
             `ValueError`: `safe_serialization=False`.
@@ -273,11 +290,24 @@ class AnimeFacePipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: pipelines are saved as safetensors only")
         folder = Path(save_directory)
+        weights, index = _weights_and_index(folder, variant)
+        index.unlink(
+            missing_ok=True
+        )  # Diffusers removes the shards of a former save, but would then follow their index
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        (folder / "pipeline_animeface.py").write_text(_SOURCE, encoding="utf-8")
-        self._write_card(folder, card)
+        if index.is_file():
+            weights.unlink(missing_ok=True)
+        (folder / "pipeline_animeface.py").write_text(_SOURCE, encoding="utf-8", newline="\n")
+        self._write_card(folder, card, token)
         if push_to_hub:
-            upload_folder_as_pipeline(folder, kwargs.pop("repo_id", folder.resolve().name), **kwargs)
+            upload_folder_as_pipeline(
+                folder,
+                repo_id or folder.resolve().name,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                create_pr=create_pr,
+            )
 
     def push_to_hub(
         self,
@@ -309,7 +339,7 @@ class AnimeFacePipeline(DiffusionPipeline):
             `huggingface_hub.errors.HfHubHTTPError`: no token, a refused name, a server that fails.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, card=card)
+            self.save_pretrained(folder, safe_serialization, variant, card=card, token=token)
             return upload_folder_as_pipeline(
                 folder, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr
             )
@@ -339,7 +369,8 @@ class AnimeFacePipeline(DiffusionPipeline):
             library, class_name = index["scheduler"]
             scheduler_class = getattr(diffusers, class_name, None) if library == "diffusers" else None
             if not inspect.isclass(scheduler_class) or not issubclass(scheduler_class, SchedulerMixin):
-                raise ValueError(f"{folder}: model_index.json names the scheduler {class_name}, unknown to Diffusers")
+                where = pretrained_model_name_or_path
+                raise ValueError(f"{where}: model_index.json names the scheduler {class_name}, unknown to Diffusers")
             parts["scheduler"] = scheduler_class.from_pretrained(folder, subfolder="scheduler")
         parts.setdefault("value_range", index["value_range"])
         unet = kwargs.pop("unet", None) or _unet_class(cls).from_pretrained(folder / "unet", **kwargs)
@@ -361,22 +392,33 @@ class AnimeFacePipeline(DiffusionPipeline):
         """As in Diffusers, which would warn of the entry `auto_map` that its own `AutoModel` needs."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
-    def _write_card(self, folder: Path, card: Mapping[str, str | bytes] | None) -> None:
-        readme, source = folder / "README.md", self._source_folder()
-        if card is None and source is not None and source.resolve() != folder.resolve():
-            card = {str(file.relative_to(source)): file.read_bytes() for p in CARD_FILES for file in source.glob(p)}
-        if not card:
-            card = {} if readme.is_file() else {"README.md": sign_card(MINIMAL_CARD)}
-        for name, content in card.items():
-            if name == "README.md" and readme.is_file() and not is_our_card(readme.read_text(encoding="utf-8")):
-                continue
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    def _write_card(self, folder: Path, card: Mapping[str, str | bytes] | None, token: str | None) -> None:
+        readme = folder / "README.md"
+        edited = readme.is_file() and not is_our_card(readme.read_text(encoding="utf-8"))
+        for name, content in (self._former_card(folder, token) if card is None else card).items():
+            if name != "README.md" or not edited:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
-    def _source_folder(self) -> Path | None:
-        """The pipeline's folder that the weights were loaded from, if there is one."""
-        folder = Path(self.unet.config.get("_name_or_path") or "none").parent
-        return folder if (folder / "model_index.json").is_file() else None
+    def _former_card(self, folder: Path, token: str | None) -> dict[str, str | bytes]:
+        """The card that came with the weights, with its pictures; for weights that never had one, a new card."""
+        source = Path(self.unet.config.get("_name_or_path") or "none").parent
+        if (source / "model_index.json").is_file() and source.resolve() != folder.resolve():
+            if not _fetch_card(source, token):
+                logger.warning(
+                    f"The card of these weights cannot be had from the Hub now: {folder} is saved without one"
+                )
+                return {}
+            files = [file for pattern in CARD_FILES for file in source.glob(pattern)]
+            if files:
+                return {file.relative_to(source).as_posix(): file.read_bytes() for file in files}
+        return {} if (folder / "README.md").is_file() else self._new_card()
+
+    def _new_card(self) -> dict[str, str | bytes]:
+        try:
+            return importlib.import_module("animeface_pipeline.hub").render_card(self)
+        except ImportError:
+            return {"README.md": sign_card(MINIMAL_CARD)}
 
 
 def _unet_class(pipeline_class: Any) -> Any:
@@ -400,12 +442,36 @@ def _local_folder(name_or_path: str | os.PathLike, variant: str | None, hub_kwar
         return Path(name_or_path)
     stem, dotted = "unet/diffusion_pytorch_model", f".{variant}" if variant else ""
     weights = [f"{stem}{dotted}.safetensors", f"{stem}{dotted}-*.safetensors", f"{stem}.*.index{dotted}.json"]
-    patterns = ["model_index.json", "scheduler/*.json", "unet/config.json", *weights, *CARD_FILES]
+    patterns = ["model_index.json", "scheduler/*.json", "unet/config.json", *weights]
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub_kwargs))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub_kwargs))
+    except Exception as error:  # of the client, of the HTTP library below it, of xet: all mean the same here
+        reason = explain_hub_error(error, hub_kwargs.get("token"))
         raise OSError(f"{name_or_path}: no such folder, and not to be had from the Hub: {reason}") from error
+    if not hub_kwargs.get("local_files_only"):
+        _fetch_card(folder, hub_kwargs.get("token"))
+    return folder
+
+
+def _fetch_card(folder: Path, token: str | None) -> bool:
+    """Add the card to a commit in the Hub's cache (Diffusers downloads none); False if it cannot be had now."""
+    if folder.parent.name != "snapshots" or (folder / "README.md").is_file():
+        return True
+    cache, repo = folder.parents[2], folder.parents[1].name  # <cache>/models--user--name/snapshots/<commit>
+    repo_id = repo.removeprefix("models--").replace("--", "/")
+    try:
+        snapshot_download(repo_id, revision=folder.name, cache_dir=cache, allow_patterns=CARD_FILES, token=token)
+    except Exception as error:  # the pipeline works without its card
+        logger.info(f"No card: {explain_hub_error(error, token)}")
+        return False
+    return True
+
+
+def _weights_and_index(folder: Path, variant: str | None) -> tuple[Path, Path]:
+    """Where Diffusers saves the weights: in one file, or in shards with an index."""
+    dotted = f".{variant}" if variant else ""
+    stem = "diffusion_pytorch_model"
+    return folder / f"unet/{stem}{dotted}.safetensors", folder / f"unet/{stem}.safetensors.index{dotted}.json"
 
 
 def _read_index(folder: Path, shown_as: str | os.PathLike) -> dict[str, Any]:
@@ -418,10 +484,19 @@ def _read_index(folder: Path, shown_as: str | os.PathLike) -> dict[str, Any]:
         raise OSError(f"{shown_as}: model_index.json is not JSON ({error})") from error
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
-    missing = {"scheduler", "value_range"} - set(index)
-    if not str(class_name).startswith("AnimeFace") or missing:
+    if not str(class_name).startswith("AnimeFace"):
         raise ValueError(f"{shown_as}: model_index.json describes a {class_name}, not an AnimeFacePipeline")
+    if missing := {"scheduler", "value_range"} - set(index):
+        raise ValueError(f"{shown_as}: model_index.json has no {' and no '.join(sorted(missing))}")
     return index
+
+
+def check_folder(folder: Path) -> None:
+    """Raise an `OSError` or a `ValueError` if `folder` is not a whole pipeline."""
+    _read_index(folder, shown_as=folder)
+    for pattern in REQUIRED_FILES:
+        if not any(folder.glob(pattern)):
+            raise OSError(f"{folder}: not a whole pipeline, it has no {pattern}; save it again")
 
 
 def upload_folder_as_pipeline(
@@ -432,41 +507,101 @@ def upload_folder_as_pipeline(
     private: bool | None = None,
     token: str | None = None,
     create_pr: bool = False,
+    include: Iterable[str] = (),
 ) -> CommitInfo:
     r"""
     Push a saved pipeline's folder to the Hub in one commit: only its own files, no checkpoints and no logs.
 
-    Args and errors are those of [`AnimeFacePipeline.push_to_hub`]; `folder` is one that `save_pretrained` wrote.
+    Args:
+        folder (`str` or `os.PathLike`): One that `save_pretrained` wrote.
+        repo_id, commit_message, private, token, create_pr: As in [`AnimeFacePipeline.push_to_hub`].
+        include (`Iterable[str]`, *optional*): Patterns of more files of the folder to push, e.g. `"logs/**/*"`.
+
+    Returns and raises what [`AnimeFacePipeline.push_to_hub`] does; `OSError` also if `folder` is no pipeline's.
     """
     folder = Path(folder)
-    _read_index(folder, shown_as=folder)
+    check_folder(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    existing = set(api.list_repo_files(repo_id)) - {".gitattributes", "LICENSE"}
+    head = api.model_info(repo_id)
+    there = {file.rfilename for file in head.siblings or []}
 
     def read(name: str) -> str:
-        return Path(api.hf_hub_download(repo_id, name)).read_text(encoding="utf-8") if name in existing else ""
+        if name not in there:
+            return ""
+        return Path(api.hf_hub_download(repo_id, name, revision=head.sha)).read_text(
+            encoding="utf-8", errors="replace"
+        )
 
-    if existing - {"README.md"} and '"AnimeFace' not in read("model_index.json"):
-        names = ", ".join(sorted(existing)[:3])
-        raise ValueError(f"{repo_id} on the Hub holds something else ({names}, …): choose another name, or empty it")
+    foreign = sorted(there - {".gitattributes", "LICENSE", "README.md"})
+    if foreign and '"AnimeFace' not in read("model_index.json"):
+        raise ValueError(f"{repo_id} on the Hub holds something else ({', '.join(foreign[:3])}): choose another name")
     files: dict[str, str | bytes] = {
         path.relative_to(folder).as_posix(): str(path)
-        for pattern in PUBLISHED_FILES
+        for pattern in (*PUBLISHED_FILES, *include)
         for path in sorted(folder.glob(pattern))
+        if path.is_file()
     }
-    if "README.md" in files:
-        card = Path(folder, "README.md").read_text(encoding="utf-8")
-        if "README.md" in existing and not is_our_card(read("README.md")):
-            del files["README.md"]  # somebody edited the one on the Hub
-        elif is_our_card(card):
-            files["README.md"] = sign_card(card.replace("USER/NAME", repo_id)).encode()
+    here = Path(folder, "README.md").read_text(encoding="utf-8") if files.pop("README.md", None) else ""
+    card = _card_to_push(here, read("README.md"), repo_id)
+    if card is not None:
+        files["README.md"] = card.encode()
+    elif here:
+        logger.warning(f"{repo_id} keeps its README.md, which somebody edited")
+    variants = {_variant(name) for name in files}
+    stale = sorted(name for name in there - set(files) if _WEIGHTS.fullmatch(name) and _variant(name) in variants)
     return api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, content) for name, content in files.items()],
+        [
+            *(CommitOperationAdd(name, content) for name, content in files.items()),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
         commit_message=commit_message or "Upload AnimeFacePipeline",
         create_pr=create_pr,
+        parent_commit=head.sha,  # what somebody else pushes meanwhile is not overwritten
     )
+
+
+def _card_to_push(here: str, there: str, repo_id: str) -> str | None:
+    """The card that names `repo_id`; None to leave the one there: nothing that we wrote replaces an edited card."""
+    if there and (not here or (is_our_card(here) and not is_our_card(there))):
+        return None
+    card = here or sign_card(MINIMAL_CARD)
+    return sign_card(_NAME_IN_CARD.sub(repo_id, card)) if is_our_card(card) else card
+
+
+def _variant(name: str) -> str | None:
+    """Which variant a file holds weights of: `"fp16"`, `""`, or None if it is no weights file."""
+    found = _WEIGHTS.fullmatch(name)
+    return (found[1] or found[2] or "") if found else None
+
+
+_EXPLAINED_ERRORS = (
+    (RevisionNotFoundError, "it has no such revision"),
+    (GatedRepoError, "its owner must give you access first"),
+    (RepositoryNotFoundError, "no such repository, or a private one that the token may not read"),
+    (LocalEntryNotFoundError, "the Hub cannot be reached, and the cache does not have it"),
+)
+_EXPLAINED_STATUSES = {
+    401: "the Hub refuses the token: make a new one, then `hf auth login` or HF_TOKEN",
+    403: "the token may not write there",
+    412: "somebody else pushed at the same moment: push again",
+}
+
+
+def explain_hub_error(error: Exception, token: str | None = None) -> str:
+    """Why the Hub could not do what it was asked to, in one line."""
+    for kind, explanation in _EXPLAINED_ERRORS:
+        if isinstance(error, kind):
+            return explanation
+    if isinstance(error, HfHubHTTPError):
+        status, said = error.response.status_code, " ".join((error.server_message or "").split())
+        if status == 401 and not (token or get_token()):
+            return "there is no token: `hf auth login`, or set HF_TOKEN"
+        answer = _EXPLAINED_STATUSES.get(status, f"the Hub answered {status}")
+        return f"{answer} ({said})" if said else answer
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
 
 
 # ---- the card is ours, and may be written anew, as long as its text has the hash that it was signed with ----

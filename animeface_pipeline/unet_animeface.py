@@ -21,7 +21,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import Upsample2D
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # Read when the file is imported: the copy that remote code runs from may be overwritten by the next repository.
@@ -181,35 +181,45 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         prediction = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Save config, weights (safetensors only) and this file itself, which remote code needs beside them."""
-        if not kwargs.get("safe_serialization", True):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """As [`~ModelMixin.save_pretrained`], safetensors only, and this file itself, which remote code needs."""
+        if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: this model is saved as safetensors only")
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process, variant=variant, max_shard_size=max_shard_size, **kwargs
+        )
         if is_main_process:
             Path(save_directory, "unet_animeface.py").write_text(_SOURCE, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """
-        Load config and weights as [`~ModelMixin.from_pretrained`] does, from safetensors only, and strictly.
+        As [`~ModelMixin.from_pretrained`], from safetensors only; the weights in a folder must fit its config exactly
+        (Diffusers fills what is missing with noise and only warns).
 
         Raises:
             `OSError`: no such folder, no config, or a weights file that is missing or cannot be read.
-            `ValueError`: weights that do not fit the config (Diffusers itself fills missing ones with noise).
+            `ValueError`: weights that do not fit the config, or a config that cannot work.
         """
-        where = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise OSError(f"{where}: the weights file is truncated or no safetensors file ({error})") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, info[kind])):
-                shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-                raise ValueError(f"{where}: the weights do not fit the config, {kind.replace('_', ' ')}: {shown}")
-        return (model, info) if with_info else model
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            expected = cls.from_config_without_weights(folder).state_dict()
+            _check_weights(folder, kwargs.get("variant"), {name: tensor.shape for name, tensor in expected.items()})
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def from_config_without_weights(cls, folder: str | os.PathLike) -> "AnimeFaceUNet2DModel":
+        """The network that a folder's `config.json` describes, with shapes but no values and no memory (on "meta")."""
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(folder))
 
     def to_json_string(self) -> str:
         """The config as JSON, without the path that it was loaded from."""
@@ -303,6 +313,30 @@ class UpBlock2D(ResnetBlocks2D):
         for upsampler in self.upsamplers:
             hidden_states = upsampler(hidden_states)
         return hidden_states
+
+
+def _check_weights(folder: Path, variant: str | None, expected: Mapping[str, torch.Size]) -> None:
+    """Compare the header of the weights file with the network; raise one error that names what is wrong."""
+    file = folder / f"diffusion_pytorch_model{'.' + variant if variant else ''}.safetensors"
+    if any(folder.glob("*.safetensors.index*.json")):
+        return  # in several files: left to Diffusers
+    if not file.is_file():
+        raise OSError(f"{file}: no such weights file (only safetensors are loaded)")
+    try:
+        with safe_open(file, framework="pt") as weights:
+            names = weights.keys()  # no mapping: it can only be asked for its keys
+            found = {name: torch.Size(weights.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise OSError(f"{file}: truncated, or not a safetensors file ({error})") from error
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [name for name in expected if name in found and found[name] != expected[name]],
+    }
+    for problem, names in problems.items():
+        if names:
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            raise ValueError(f"{file}: the weights do not fit config.json, {problem}: {shown}")
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

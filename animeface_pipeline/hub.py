@@ -1,0 +1,362 @@
+"""The Hub: the model card with its pictures, and a command that pushes a saved pipeline.
+
+    python -m animeface_pipeline.hub out/anime-faces --hub_model_id user/anime-faces
+    python -m animeface_pipeline.hub out/anime-faces --hub_model_id somebody/anime-faces --create_pr
+
+Training and conversion push by themselves with `--push_to_hub`; when the Hub could not be reached then, this command
+makes up for it. One commit holds weights, scheduler, code, card and pictures, and neither checkpoints nor logs.
+
+How the folder is laid out, loaded and pushed is in pipeline_animeface.py, which stands alone.
+"""
+
+import io
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_session
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+from .cli import EXIT_DONE, EXIT_PUSH_FAILED, BadInput, OneLineParser, command, resource
+from .pipeline_animeface import (
+    AnimeFacePipeline,
+    check_folder,
+    explain_hub_error,
+    sign_card,
+    upload_folder_as_pipeline,
+)
+
+HUB_TIMEOUT = 60.0  # seconds without a single byte; the client itself would wait for ever
+LOSS_CURVE_POINTS = 500  # a longer log is averaged to so many points
+
+# Where this project departs from the original, and how far: (here, in the original, size of the difference).
+Departure = tuple[str, str, str]
+NO_LAST_NOISE: Departure = (
+    "no noise is added in the last step, t = 0, as in the paper",
+    "0.01·z is added there too",
+    "σ = 0.01, that is 2.6 of 255 levels",
+)
+NO_DEAD_NORMS: Departure = (
+    "the attention blocks have no normalisation",
+    "each of the 11 has one that its forward pass never calls",
+    "22 tensors, 13,056 of 168,899,011 parameters; no effect on any output",
+)
+DROPOUT_STAYS: Departure = (
+    "dropout is on for the whole training",
+    "off from epoch 10 on, by accident: sampling leaves the network in eval mode",
+    "its training loss fell from 0.0226 to 0.0203 there",
+)
+TRAILING_STEPS: Departure = (
+    "the scheduler's timesteps are spaced `trailing`, for every solver and number of steps",
+    "1000 steps only: with fewer it draws noise",
+    "none at 1000 steps, the same 999 … 0; with 10, sampling begins at 999, where Diffusers' default begins at 900",
+)
+TRUE_COLOURS: Departure = (
+    "pictures and grids keep their colours",
+    "grids are stretched from their minimum to their maximum when they are saved",
+    "the original's grids have more contrast than its pictures",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    r"""
+    What a card tells about the origin of weights. Every entry is optional; the card is silent about what is left out.
+
+    Parameters:
+        recipe (`str`): The recipe's name, e.g. `"original"`.
+        settings (`Mapping[str, Any]`): The recipe's values. They are published: no paths, no secrets.
+        dataset (`str`): What the pictures are, in words or by their name on the Hub.
+        hub_dataset (`str`): Their name on the Hub, if they are there; for the card's `datasets:`.
+        dataset_size (`int`): How many pictures were trained on.
+        steps (`int`), epochs (`float`), samples_seen (`int`), batch_size (`int`): How long it was trained.
+        ema_decay (`float`): The decay of the averaged weights that are saved; None if they are the trained ones.
+        hardware (`str`), commit (`str`), versions (`Mapping[str, str]`): What it was trained on and with.
+        losses (`Sequence[tuple[int, float]]`): (step, training loss), for the curve.
+        metrics (`Mapping[str, float]`): By their names on the Hub (`"fid"`, `"kid"`).
+        measured (`str`): How, in a sentence: the pictures, the steps, the features.
+        base_model (`str`): The model on the Hub that training went on from.
+        converted_from (`str`): The file of the original's weights, if nothing was trained here.
+        license (`str`, defaults to `"other"`): One of the Hub's licences; `other` where the pictures have none.
+    """
+
+    recipe: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str | None = None
+    hub_dataset: str | None = None
+    dataset_size: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    samples_seen: int | None = None
+    batch_size: int | None = None
+    ema_decay: float | None = None
+    hardware: str | None = None
+    commit: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    losses: Sequence[tuple[int, float]] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    measured: str | None = None
+    base_model: str | None = None
+    converted_from: str | None = None
+    license: str = "other"
+
+
+def render_card(
+    pipe: AnimeFacePipeline, summary: TrainingSummary = TrainingSummary(), samples: Image.Image | None = None
+) -> dict[str, str | bytes]:
+    r"""
+    Write the model card of a pipeline, from the template model_card.md.
+
+    Args:
+        pipe ([`AnimeFacePipeline`]): The pipeline that the card is for.
+        summary ([`TrainingSummary`], *optional*): Where its weights come from.
+        samples (`PIL.Image.Image`, *optional*): A grid of pictures that it drew.
+
+    Returns:
+        `dict[str, str | bytes]`: by file name the signed card and its pictures, for `save_pretrained(card=...)`. The
+        examples name the repository `USER/NAME` until it is pushed.
+
+    Example:
+
+    ```py
+    >>> from animeface_pipeline.hub import TrainingSummary, render_card
+
+    >>> card = render_card(pipe, TrainingSummary(recipe="original", steps=61_500, batch_size=64))
+    >>> pipe.save_pretrained("anime-faces", card=card)
+    ```
+    """
+    template = resource("model_card.md").read_text(encoding="utf-8")
+    data = card_data(summary, fixed=yaml.safe_load(template.split("---")[1]))
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        size=pipe.unet.config.sample_size,
+        parameters=f"{pipe.unet.num_parameters():,}",
+        train_timesteps=pipe.scheduler.config.num_train_timesteps,
+        has_samples=samples is not None,
+        has_losses=bool(summary.losses),
+        converted_from=summary.converted_from,
+        training=training_table(summary),
+        settings=yaml.safe_dump(dict(summary.settings), sort_keys=False).strip() if summary.settings else "",
+        results={name: f"{value:.4g}" for name, value in summary.metrics.items()},
+        measured=summary.measured,
+        times_seen=times_seen(summary),
+        departures=departures(pipe, summary),
+        version=version("animeface-pipeline"),
+    )
+    files: dict[str, str | bytes] = {"README.md": sign_card(re.sub(r"\n{3,}", "\n\n", str(card)))}
+    if samples is not None:
+        files["assets/samples.png"] = png(samples)
+    if summary.losses:
+        files["assets/loss_curve.png"] = plot_losses(summary.losses)
+    return files
+
+
+def card_data(summary: TrainingSummary, fixed: Mapping[str, Any]) -> ModelCardData:
+    """The card's front matter: the `fixed` entries of the template, and those of the run."""
+    results = [
+        EvalResult(
+            task_type=fixed["pipeline_tag"],
+            dataset_type=summary.hub_dataset or "image-folder",
+            dataset_name=summary.dataset or summary.hub_dataset or "pictures of the training run",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in summary.metrics.items()
+    ]
+    known = {
+        "license": summary.license,
+        "datasets": [summary.hub_dataset] if summary.hub_dataset else None,
+        "base_model": summary.base_model,
+        "metrics": list(summary.metrics) or None,
+        "model_name": "AnimeFacePipeline" if results else None,
+        "eval_results": results or None,
+    }
+    return ModelCardData(**{**fixed, **known})
+
+
+def training_table(summary: TrainingSummary) -> dict[str, str]:
+    """The rows of "How it was trained" that are known."""
+    trained = summary.steps is not None
+    averaged = "no" if summary.ema_decay is None else f"yes, decay {summary.ema_decay:g}"
+    rows = {
+        "recipe": summary.recipe,
+        "started from": summary.base_model,
+        "data": summary.dataset or summary.hub_dataset,
+        "pictures": summary.dataset_size and f"{summary.dataset_size:,}",
+        "batch size": summary.batch_size and f"{summary.batch_size:,}",
+        "steps": summary.steps and f"{summary.steps:,}",
+        "epochs": summary.epochs and f"{summary.epochs:g}",
+        "pictures seen": summary.samples_seen and f"{summary.samples_seen:,}",
+        "averaged weights (EMA)": averaged if trained else None,
+        "hardware": summary.hardware,
+        "software": ", ".join(f"{name} {number}" for name, number in summary.versions.items()),
+        "commit of the code": summary.commit,
+    }
+    return {name: str(value).replace("|", "\\|") for name, value in rows.items() if value}
+
+
+def times_seen(summary: TrainingSummary) -> int | None:
+    """How often training saw each picture, on average."""
+    if not summary.samples_seen or not summary.dataset_size:
+        return None
+    return math.ceil(summary.samples_seen / summary.dataset_size)
+
+
+def departures(pipe: AnimeFacePipeline, summary: TrainingSummary) -> list[Departure]:
+    """The departures from the original that hold for this pipeline."""
+    trained_here = summary.converted_from is None and pipe.unet.config.dropout > 0
+    trailing = pipe.scheduler.config.get("timestep_spacing") == "trailing"
+    return [
+        NO_LAST_NOISE,
+        *([DROPOUT_STAYS] if trained_here else []),
+        NO_DEAD_NORMS,
+        *([TRAILING_STEPS] if trailing else []),
+        TRUE_COLOURS,
+    ]
+
+
+def plot_losses(losses: Sequence[tuple[int, float]]) -> bytes:
+    """The loss by step as a PNG; a long log as the averages of LOSS_CURVE_POINTS equal parts."""
+    from matplotlib.figure import Figure  # loaded only when a card has a curve; Figure alone needs no display
+
+    parts = np.array_split(np.array(losses, dtype=float), min(len(losses), LOSS_CURVE_POINTS))
+    steps, values = np.array([part.mean(axis=0) for part in parts]).T
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, values, linewidth=1)
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.grid(which="both", alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# ---- what a run knows of the machine and the software it runs on ----
+
+
+def hardware_name() -> str:
+    """The GPU, or how many CPU cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of what decides over the result."""
+    libraries = ("animeface-pipeline", "torch", "diffusers", "accelerate")
+    return {"Python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def code_commit() -> str | None:
+    """The commit of a clone that the package is used from; None for an installed package or without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}, with changes" if changed else commit
+
+
+# ---- pushing ----
+
+
+def check_repo_id(repo_id: str) -> None:
+    """
+    Refuse a name that no repository can have, before any work is done for it.
+
+    Raises:
+        [`BadInput`]: not `name` or `user/name` of letters, digits, `-`, `_` and `.`.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise BadInput(f"--hub_model_id {repo_id}: {error}") from error
+
+
+def push_or_explain(folder: str | os.PathLike, repo_id: str, private: bool | None = None) -> int:
+    r"""
+    Push a saved pipeline at the end of a run; a failure costs nothing but the push.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder that `save_pretrained` wrote; it is only read.
+        repo_id (`str`): `user/name`, or `name` in your own namespace.
+        private (`bool`, *optional*): Whether a new repository is private.
+
+    Returns:
+        `int`: the exit code, 0, or 3 after one line on stderr with the reason and the command that pushes it later.
+    """
+    try:
+        return _push(Path(folder), repo_id, private=private)
+    except Exception as error:  # whatever it was, the run is done and on disk: it must not end in a traceback
+        return _explain(error, Path(folder), repo_id, private)
+
+
+def _push(folder: Path, repo_id: str, **options: Any) -> int:
+    get_session().timeout = HUB_TIMEOUT
+    commit = upload_folder_as_pipeline(folder, repo_id, **options)
+    print(f"pushed {folder} to {commit.pr_url or commit.commit_url}")
+    return EXIT_DONE
+
+
+def _explain(error: Exception, folder: Path, repo_id: str, private: bool | None, create_pr: bool = False) -> int:
+    arguments = ["python", "-m", "animeface_pipeline.hub", str(folder.resolve()), "--hub_model_id", repo_id]
+    arguments += ["--private"] * bool(private) + ["--create_pr"] * create_pr
+    later = subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+    reason = explain_hub_error(error)
+    print(f"error: not pushed to {repo_id}: {reason}. All is saved; push it later with: {later}", file=sys.stderr)
+    return EXIT_PUSH_FAILED
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.hub")
+    parser.add_argument("folder", type=Path, help="a folder that save_pretrained or training wrote")
+    parser.add_argument("--hub_model_id", required=True, metavar="USER/NAME", help="created if it is not there")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--commit_message", help="default: Upload AnimeFacePipeline")
+    parser.add_argument("--include", nargs="+", default=(), metavar="PATTERN", help='push more, e.g. "logs/**/*"')
+    args = parser.parse_args(argv)
+    check_repo_id(args.hub_model_id)
+    if not args.folder.is_dir():
+        raise BadInput(f"{args.folder}: no such folder; give one that save_pretrained or training wrote")
+    try:
+        check_folder(args.folder)
+    except (OSError, ValueError) as error:
+        raise BadInput(str(error)) from error
+    options = {"private": args.private, "create_pr": args.create_pr}
+    try:
+        return _push(
+            args.folder, args.hub_model_id, commit_message=args.commit_message, include=args.include, **options
+        )
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise BadInput(str(error)) from error  # we refused it, not the Hub
+        return _explain(error, args.folder, args.hub_model_id, **options)
+
+
+if __name__ == "__main__":
+    main()

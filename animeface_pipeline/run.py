@@ -1,0 +1,220 @@
+"""What happens around the updates of a run: log, grids, checkpoints, signals, and the pipeline at the end."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from .cli import EXIT_NON_FINITE, BadInput, Stopped
+from .config import TrainingConfig
+from .dataset import Batches
+from .pipeline_animeface import AnimeFacePipeline
+from .run_folder import WRITE_ERRORS, RunFolder
+from .training import Meter, averaged_weights, sample_grid, unused_gpu
+
+MAX_SKIPPED_IN_A_ROW = 50  # fp16 skips its first updates while it looks for a loss scale
+
+
+@contextmanager
+def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
+    """The accelerator and the claimed output folder; afterwards both are let go, whatever happened."""
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    except ValueError as error:  # e.g. fp16 without a GPU
+        raise BadInput(f"--mixed_precision {config.mixed_precision}: {error}") from error
+    if (warning := unused_gpu()) is not None:
+        accelerator.print(warning)
+    folder = RunFolder(Path(config.output_dir), accelerator)
+    resume = config.resume_from_checkpoint is not None
+    on_main_process(accelerator, lambda: folder.claim(config.recipe_values(), config.overwrite_output_dir, resume))
+    try:
+        yield accelerator, folder
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            "the GPU's memory is full: lower --train_batch_size and raise --gradient_accumulation_steps by the same"
+            " factor, or add --gradient_checkpointing"
+        ) from error
+    finally:
+        folder.release()
+        accelerator.end_training()
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], None]) -> None:
+    """Run `function` on the main process; if it refuses the input, every process does."""
+    refusal: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            function()
+        except BadInput as error:
+            refusal = [str(error)]
+    broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise BadInput(refusal[0])
+
+
+class Run:
+    r"""
+    A run in progress.
+
+    ```py
+    run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, total_steps)
+    run.resume()
+    for step in run.steps():
+        ...
+        run.after_update(step, grad_norm)
+    run.finish()
+    ```
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        pipeline: AnimeFacePipeline,
+        unet: torch.nn.Module,
+        lr_scheduler: Any,
+        ema: EMAModel | None,
+        batches: Batches,
+        total_steps: int,
+    ) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.pipeline, self.unet, self.ema = pipeline, unet, ema
+        self.lr_scheduler, self.batches, self.total_steps = lr_scheduler, batches, total_steps
+        self.meter = Meter(pipeline.scheduler.config.num_train_timesteps, accelerator.device)
+        self.signals = Signals()
+        self.first_step = 0
+        self.save_again = False  # a checkpoint could not be written
+        accelerator.register_for_checkpointing(*(part for part in (lr_scheduler, self.meter, ema) if part is not None))
+
+    def resume(self) -> None:
+        """Go on from a checkpoint if the config says so, or from the beginning if there is none."""
+        if self.config.resume_from_checkpoint is None:
+            return
+        self.first_step = self.folder.resume(self.config.resume_from_checkpoint)
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # Accelerate loads it to the CPU
+
+    def steps(self) -> Any:
+        """The updates that are still to do, with a progress bar."""
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.first_step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        self.logged_at, self.logged_step = time.perf_counter(), self.first_step
+        with self.bar:
+            for step in range(self.first_step, self.total_steps):
+                yield step
+                self.bar.update()
+
+    def after_update(self, step: int, grad_norm: torch.Tensor) -> None:
+        """Log, draw, save, or stop, as it is due after update `step` (from 0)."""
+        self.meter.add_update(grad_norm)
+        done = step + 1
+        is_last, config = done == self.total_steps, self.config
+        if done % config.logging_steps == 0 or is_last:
+            self.log(done, grad_norm)
+        if done % (config.save_images_epochs * self.batches.steps_per_epoch) == 0 or is_last:
+            self.draw(done)
+        if done % config.checkpointing_steps == 0 or (self.save_again and done % config.logging_steps == 0):
+            self.save_again = not self.folder.save_checkpoint(done, config.checkpoints_total_limit)
+        # With several processes all must agree, and asking makes them wait for each other.
+        if self.accelerator.num_processes == 1 or done % config.logging_steps == 0:
+            self.stop_after_signal(done)
+
+    def log(self, done: int, grad_norm: torch.Tensor) -> None:
+        read = self.meter.read(self.accelerator)
+        now, pictures = time.perf_counter(), (done - self.logged_step) * self.batches.total_batch_size
+        entry = {
+            "step": done,
+            "epoch": round(done / self.batches.steps_per_epoch, 4),
+            **{key: value for key, value in read.items() if key != "skipped_in_a_row"},
+            "grad_norm": float(grad_norm),
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "pictures_per_second": round(pictures / (now - self.logged_at), 2),
+        }
+        self.logged_at, self.logged_step = now, done
+        if self.accelerator.is_main_process:
+            self.bar.set_postfix(loss=f"{entry['loss']:.4f}", pictures_per_s=f"{entry['pictures_per_second']:.1f}")
+            try:
+                self.folder.log(entry)
+            except WRITE_ERRORS as error:
+                print(f"cannot write the log ({error}); going on", file=sys.stderr)
+        if read["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
+            last = next(iter(reversed(self.folder.checkpoints())), None)
+            raise Stopped(
+                f"stopped after {read['skipped_in_a_row']} updates in a row whose loss or gradients were not finite;"
+                f" the last good checkpoint: {last or 'none yet'}; lower --learning_rate or set --max_grad_norm",
+                EXIT_NON_FINITE,
+            )
+
+    def draw(self, done: int) -> None:
+        with averaged_weights(self.unet, self.ema):
+            grid = sample_grid(self.pipeline, self.config)
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.save_grid(grid, done)
+            except WRITE_ERRORS as error:
+                print(f"cannot write the grid ({error}); going on", file=sys.stderr)
+        self.logged_at, self.logged_step = time.perf_counter(), done  # drawing is no training speed
+
+    def stop_after_signal(self, done: int) -> None:
+        number = torch.tensor(self.signals.number, device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            number = self.accelerator.gather(number.view(1)).max()
+        if int(number) == 0 or done == self.total_steps:
+            return
+        saved = self.folder.save_checkpoint(done, self.config.checkpoints_total_limit)
+        state = f"saved after update {done}" if saved else "could not save"
+        raise Stopped(
+            f"stopped by {signal.Signals(int(number)).name}, {state}; the same command with"
+            " --resume_from_checkpoint latest goes on",
+            128 + int(number),
+        )
+
+    def finish(self) -> None:
+        """Save the pipeline with the averaged weights, if there are any."""
+        self.signals.restore()
+        with averaged_weights(self.unet, self.ema):
+            if self.accelerator.is_main_process:
+                self.folder.save_pipeline(self.pipeline)
+        self.accelerator.wait_for_everyone()
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT, and the end of the launcher, so that the loop can finish its update and save."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Set by `accelerate launch`: then our parent is the launcher, which dies of a SIGTERM without telling us.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    @property
+    def number(self) -> int:
+        """The signal, or 0."""
+        if self._number == 0 and self._launcher is not None and os.getppid() != self._launcher:
+            return signal.SIGTERM
+        return self._number
+
+    def _note(self, number: int, frame: object) -> None:
+        self._number = number
+        self.restore()  # a second signal ends the program at once
+        print("\nfinishing this update and saving; once more to stop without saving", file=sys.stderr)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,206 @@
+"""The output folder of a run: who may write to it, what we wrote there, its log, its grids and its checkpoints."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from PIL import Image
+from safetensors import SafetensorError
+
+from .cli import BadInput
+from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
+
+# What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+class RunFolder:
+    r"""
+    `output_dir` while a run holds it.
+
+    ```
+    output_dir/
+      run.json              the manifest: the recipe's values, and the names of everything we wrote
+      log.jsonl             one line for every `logging_steps` updates
+      samples/              step-00001000.png …
+      checkpoint-1000/ …    to go on from
+      model_index.json …    the pipeline, at the end
+    ```
+
+    Args:
+        path (`Path`): The folder.
+        accelerator (`Accelerator`): Only its main process touches the folder, except for checkpoints.
+
+    Raises:
+        [`BadInput`]: (from `claim`) the folder holds something else, or another trainer is at work in it.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+        self.lock = FileLock(str(path) + ".lock")
+        self.manifest: dict[str, Any] = {"program": "animeface_pipeline", "wrote": []}
+
+    # ---- claiming ----
+
+    def claim(self, recipe: dict[str, Any], overwrite: bool, resume: bool) -> None:
+        """Make the folder ours, or refuse. Nothing that a run of ours did not write is ever removed."""
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInput(f"--output_dir {self.path}: is a file; choose a folder")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise BadInput(f"--output_dir {self.path}: another trainer is writing to it; choose another one") from None
+        manifest = self._read_manifest()
+        if manifest is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise BadInput(f"--output_dir {self.path}: holds something that is not a training run; choose another one")
+        if manifest is not None:
+            if not (resume or overwrite):
+                raise BadInput(
+                    f"--output_dir {self.path}: holds a run; add --resume_from_checkpoint latest to go on with it, or"
+                    " --overwrite_output_dir to replace it"
+                )
+            self.manifest = manifest
+            if overwrite and not resume:
+                self._remove_what_we_wrote()
+        self.path.mkdir(exist_ok=True)
+        self.manifest["recipe"] = recipe
+        self.wrote(["run.json"])
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """Note files and folders (relative names) as ours."""
+        self.manifest["wrote"] = sorted({*self.manifest["wrote"], *names})
+        write_aside(self.path / "run.json", json.dumps(self.manifest, indent=2) + "\n")
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        try:
+            manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_ours = isinstance(manifest, dict) and manifest.get("program") == "animeface_pipeline"
+        return manifest if is_ours else None
+
+    def _remove_what_we_wrote(self) -> None:
+        for name in self.manifest["wrote"]:
+            path = self.path / name
+            if name == "README.md" and path.is_file() and not is_our_card(path.read_text(encoding="utf-8")):
+                continue  # somebody edited it
+            if path.name.startswith("checkpoint-") and path.is_dir():
+                shutil.rmtree(path)
+            elif path.is_file():
+                path.unlink()
+        for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        self.manifest["wrote"] = []
+
+    # ---- log, grids, pipeline: by the main process ----
+
+    def log(self, entry: dict[str, Any]) -> None:
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def save_grid(self, grid: Image.Image, step: int) -> None:
+        name = f"samples/step-{step:08d}.png"
+        (self.path / "samples").mkdir(exist_ok=True)
+        grid.save(self.path / f"{name}.part", format="PNG")
+        os.replace(self.path / f"{name}.part", self.path / name)
+        self.wrote([name])
+
+    def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes] | None = None) -> None:
+        pipeline.save_pretrained(self.path, card=card)
+        files = {file for pattern in PUBLISHED_FILES for file in self.path.glob(pattern)}
+        self.wrote(file.relative_to(self.path).as_posix() for file in files)
+
+    # ---- checkpoints: by all processes ----
+
+    def save_checkpoint(self, step: int, keep: int) -> bool:
+        """Write a checkpoint aside, rename it, then drop the oldest. Says so and returns `False` if it cannot."""
+        name = f"checkpoint-{step}"
+        aside = self.path / f"{name}.part"
+        error: str | None = None
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path.mkdir(parents=True, exist_ok=True)
+            self.accelerator.save_state(str(aside))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+                log = self.path / "log.jsonl"
+                state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
+                write_aside(aside / "checkpoint.json", json.dumps(state, indent=2) + "\n")
+                shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
+                os.replace(aside, self.path / name)
+                self.wrote([name])
+                for old in self.checkpoints()[:-keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except WRITE_ERRORS as caught:
+            error = str(caught).splitlines()[0]
+        if error is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+            print(f"cannot save {self.path / name} ({error}); going on, and trying again later", file=sys.stderr)
+        self.accelerator.wait_for_everyone()
+        return error is None
+
+    def resume(self, which: str) -> int:
+        """Load the checkpoint `latest`, or the named one; returns the updates done, 0 if there is none."""
+        folder = self._whole_checkpoint(which)
+        if folder is None:
+            self.accelerator.print(f"{self.path}: no whole checkpoint yet, starting from the beginning")
+            return 0
+        state = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        self.accelerator.load_state(str(folder))
+        if self.accelerator.is_main_process and (self.path / "log.jsonl").exists():
+            os.truncate(self.path / "log.jsonl", state["log_bytes"])
+        self.accelerator.print(f"going on from {folder}, {state['step']} updates done")
+        return state["step"]
+
+    def _whole_checkpoint(self, which: str) -> Path | None:
+        if which != "latest":
+            folder = Path(which) if Path(which).is_dir() else self.path / which
+            if (problem := _incomplete(folder)) is not None:
+                raise BadInput(f"--resume_from_checkpoint {which}: {problem}; try latest")
+            return folder
+        for folder in reversed(self.checkpoints()):
+            if (problem := _incomplete(folder)) is None:
+                return folder
+            self.accelerator.print(f"skipping {folder}: {problem}")
+        return None
+
+    def checkpoints(self) -> list[Path]:
+        folders = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _incomplete(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or `None`."""
+    try:
+        state = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "not a whole checkpoint, it has no readable checkpoint.json"
+    for name, size in state["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"not a whole checkpoint, {name} is missing or truncated"
+    return None
+
+
+def write_aside(file: Path, text: str) -> None:
+    """Write a small file so that it is either the old or the new one, whatever happens."""
+    aside = file.with_name(file.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
