@@ -40,7 +40,7 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     ema = build_ema(config, unet)
     run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, total_steps)
-    run.resume()
+    run.begin()
     accelerator.print(describe(config, accelerator, pipeline, batches, total_steps))
 
     # 2. loop: everything random in an update comes from (seed, step), so that a resumed run goes on exactly

@@ -32,12 +32,14 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:  # e.g. fp16 without a GPU
         raise BadInput(f"--mixed_precision {config.mixed_precision}: {error}") from error
+    if accelerator.device.type == "cpu":
+        use_all_cores()
     if (warning := unused_gpu()) is not None:
         accelerator.print(warning)
     folder = RunFolder(Path(config.output_dir), accelerator)
-    resume = config.resume_from_checkpoint is not None
-    on_main_process(accelerator, lambda: folder.claim(config.recipe_values(), config.overwrite_output_dir, resume))
     try:
+        resume = config.resume_from_checkpoint is not None
+        on_main_process(accelerator, lambda: folder.claim(config.overwrite_output_dir, resume))
         yield accelerator, folder
     except torch.OutOfMemoryError as error:
         raise BadInput(
@@ -47,6 +49,13 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
     finally:
         folder.release()
         accelerator.end_training()
+
+
+def use_all_cores() -> None:
+    """`accelerate launch` holds a CPU process to one thread unless told otherwise; one process may have them all."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(torch.get_num_threads(), cores))
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], None]) -> None:
@@ -68,7 +77,7 @@ class Run:
 
     ```py
     run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, total_steps)
-    run.resume()
+    run.begin()
     for step in run.steps():
         ...
         run.after_update(step, grad_norm)
@@ -97,13 +106,16 @@ class Run:
         self.save_again = False  # a checkpoint could not be written
         accelerator.register_for_checkpointing(*(part for part in (lr_scheduler, self.meter, ema) if part is not None))
 
-    def resume(self) -> None:
-        """Go on from a checkpoint if the config says so, or from the beginning if there is none."""
-        if self.config.resume_from_checkpoint is None:
-            return
-        self.first_step = self.folder.resume(self.config.resume_from_checkpoint)
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)  # Accelerate loads it to the CPU
+    def begin(self) -> None:
+        """Open the output folder; go on from a checkpoint if the config says so and there is one."""
+        which = self.config.resume_from_checkpoint
+        if which is not None:
+            self.first_step = self.folder.resume(which)
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)  # Accelerate loads it to the CPU
+        if self.accelerator.is_main_process:
+            self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir and which is None)
+        self.accelerator.wait_for_everyone()
 
     def steps(self) -> Any:
         """The updates that are still to do, with a progress bar."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class RunFolder:
 
     # ---- claiming ----
 
-    def claim(self, recipe: dict[str, Any], overwrite: bool, resume: bool) -> None:
-        """Make the folder ours, or refuse. Nothing that a run of ours did not write is ever removed."""
+    def claim(self, overwrite: bool, resume: bool) -> None:
+        """Make sure that the folder may be ours, and nobody else's meanwhile. Nothing is written or removed yet."""
         if self.path.exists() and not self.path.is_dir():
             raise BadInput(f"--output_dir {self.path}: is a file; choose a folder")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,21 +61,26 @@ class RunFolder:
         manifest = self._read_manifest()
         if manifest is None and self.path.is_dir() and any(self.path.iterdir()):
             raise BadInput(f"--output_dir {self.path}: holds something that is not a training run; choose another one")
-        if manifest is not None:
-            if not (resume or overwrite):
-                raise BadInput(
-                    f"--output_dir {self.path}: holds a run; add --resume_from_checkpoint latest to go on with it, or"
-                    " --overwrite_output_dir to replace it"
-                )
-            self.manifest = manifest
-            if overwrite and not resume:
-                self._remove_what_we_wrote()
+        if manifest is not None and not (resume or overwrite):
+            raise BadInput(
+                f"--output_dir {self.path}: holds a run; add --resume_from_checkpoint latest to go on with it, or"
+                " --overwrite_output_dir to replace it"
+            )
+        self.manifest = manifest or self.manifest
+
+    def begin(self, recipe: dict[str, Any], overwrite: bool) -> None:
+        """Create the folder, or empty it of what a run of ours wrote and of nothing else."""
+        if overwrite:
+            self._remove_what_we_wrote()
         self.path.mkdir(exist_ok=True)
         self.manifest["recipe"] = recipe
-        self.wrote(["run.json"])
+        self.wrote(["run.json", "log.jsonl"])
 
     def release(self) -> None:
-        self.lock.release()
+        if self.lock.is_locked:
+            with suppress(OSError):  # Windows does not remove an open file
+                os.unlink(self.lock.lock_file)
+            self.lock.release()
 
     def wrote(self, names: Iterable[str]) -> None:
         """Note files and folders (relative names) as ours."""
