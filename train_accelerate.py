@@ -30,7 +30,7 @@ from animeface_pipeline.training import (
 )
 
 
-def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -> None:
+def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -> int:
     # 1. build: a pipeline is the network, the noise schedule and the value range
     pipeline = build_pipeline(config)
     noise_scheduler = pipeline.scheduler
@@ -59,16 +59,15 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -
             ema.step(unet.parameters())
         run.after_update(step, grad_norm)  # log, grid, checkpoint, or stop after a signal
 
-    # 3. save: what was averaged is what is saved
-    run.finish()
+    # 3. save, and push if asked to: the averaged weights, if there are any
+    return run.finish()
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(argv, description=__doc__)
     with launched(config) as (accelerator, folder):
-        train(config, accelerator, folder)
-    return 0
+        return train(config, accelerator, folder)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from tqdm import tqdm
 
-from .cli import EXIT_NON_FINITE, BadInput, Stopped
+from .cli import EXIT_DONE, EXIT_NON_FINITE, BadInput, Stopped
 from .config import TrainingConfig
 from .dataset import Batches
+from .hub import (
+    TrainingSummary,
+    check_repo_id,
+    code_commit,
+    hardware_name,
+    library_versions,
+    push_or_explain,
+    render_card,
+)
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
 from .training import Meter, averaged_weights, sample_grid, unused_gpu
@@ -28,6 +38,8 @@ MAX_SKIPPED_IN_A_ROW = 50  # fp16 skips its first updates while it looks for a l
 @contextmanager
 def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
     """The accelerator and the claimed output folder; afterwards both are let go, whatever happened."""
+    if config.push_to_hub:
+        check_repo_id(hub_model_id(config))
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:  # e.g. fp16 without a GPU
@@ -104,6 +116,7 @@ class Run:
         self.signals = Signals()
         self.first_step = 0
         self.save_again = False  # a checkpoint could not be written
+        self.last_grid: Image.Image | None = None
         accelerator.register_for_checkpointing(*(part for part in (lr_scheduler, self.meter, ema) if part is not None))
 
     def begin(self) -> None:
@@ -175,10 +188,10 @@ class Run:
 
     def draw(self, done: int) -> None:
         with averaged_weights(self.unet, self.ema):
-            grid = sample_grid(self.pipeline, self.config)
+            self.last_grid = sample_grid(self.pipeline, self.config)
         if self.accelerator.is_main_process:
             try:
-                self.folder.save_grid(grid, done)
+                self.folder.save_grid(self.last_grid, done)
             except WRITE_ERRORS as error:
                 print(f"cannot write the grid ({error}); going on", file=sys.stderr)
         self.logged_at, self.logged_step = time.perf_counter(), done  # drawing is no training speed
@@ -197,13 +210,51 @@ class Run:
             128 + int(number),
         )
 
-    def finish(self) -> None:
-        """Save the pipeline with the averaged weights, if there are any."""
+    def finish(self) -> int:
+        """Save the pipeline with the averaged weights, if there are any, and its card; push it if asked to."""
         self.signals.restore()
+        if self.last_grid is None:  # resumed after the last update
+            self.draw(self.total_steps)
         with averaged_weights(self.unet, self.ema):
             if self.accelerator.is_main_process:
-                self.folder.save_pipeline(self.pipeline)
+                self.folder.save_pipeline(self.pipeline, render_card(self.pipeline, self.summary(), self.last_grid))
         self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"the pipeline is in {self.folder.path}")
+        if not self.config.push_to_hub or not self.accelerator.is_main_process:
+            return EXIT_DONE
+        return push_or_explain(self.folder.path, hub_model_id(self.config), self.config.hub_private_repo)
+
+    def summary(self) -> TrainingSummary:
+        """What the card tells of this run: no paths, they are nobody's business."""
+        config, of_the_hub = self.config, not os.path.isdir(self.config.dataset_name or ".")
+        seen = self.total_steps / self.batches.steps_per_epoch
+        return TrainingSummary(
+            recipe=Path(config.config).stem,
+            settings=config.recipe_values(),
+            dataset=Path(config.train_data_dir or config.dataset_name or "").resolve().name,
+            hub_dataset=config.dataset_name if of_the_hub else None,
+            dataset_size=len(self.batches.pictures),
+            steps=self.total_steps,
+            epochs=round(seen, 2),
+            samples_seen=round(seen * len(self.batches.pictures)),
+            batch_size=self.batches.total_batch_size,
+            ema_decay=config.ema_max_decay if config.use_ema else None,
+            hardware=f"{self.accelerator.num_processes} × {hardware_name()}",
+            commit=code_commit(),
+            versions=library_versions(),
+            losses=[(entry["step"], entry["loss"]) for entry in self.folder.read_log()],
+            base_model=base_model(config),
+        )
+
+
+def hub_model_id(config: TrainingConfig) -> str:
+    return config.hub_model_id or Path(config.output_dir).resolve().name
+
+
+def base_model(config: TrainingConfig) -> str | None:
+    """The model that was fine-tuned, by its name on the Hub, or the last part of its path."""
+    name = config.pretrained_model_name_or_path
+    return Path(name).resolve().name if name and os.path.isdir(name) else name
 
 
 class Signals:

@@ -116,8 +116,8 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        log = self.path / "log.jsonl"
+        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
     def save_grid(self, grid: Image.Image, step: int) -> None:
         name = f"samples/step-{step:08d}.png"
@@ -126,7 +126,7 @@ class RunFolder:
         os.replace(self.path / f"{name}.part", self.path / name)
         self.wrote([name])
 
-    def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes] | None = None) -> None:
+    def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes]) -> None:
         pipeline.save_pretrained(self.path, card=card)
         files = {file for pattern in PUBLISHED_FILES for file in self.path.glob(pattern)}
         self.wrote(file.relative_to(self.path).as_posix() for file in files)
