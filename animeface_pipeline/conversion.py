@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 import warnings
 import zipfile
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .cli import BadInput
+from .hub import TrainingSummary, render_card
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import original_scheduler
 from .unet_animeface import AnimeFaceUNet2DModel
@@ -354,6 +356,8 @@ def convert_checkpoint(
     >>> convert_checkpoint("ddpm-model-45.ckpt", "anime-faces", variant="fp16")
     ```
     """
+    if variant not in DTYPES:
+        raise BadInput(f"variant {variant!r}: must be 'fp16' or None")
     checkpoint, output_dir = Path(checkpoint), Path(output_dir).resolve()
     _check_output(output_dir)
     variants = [None] if variant is None else [None, variant]
@@ -361,10 +365,11 @@ def convert_checkpoint(
     unet = _read_network(checkpoint, unet_config)
     size = sum(unet.num_parameters() * DTYPES[variant].itemsize for variant in variants)
     with whole_or_not_at_all(output_dir, size) as folder:
-        AnimeFacePipeline(unet, original_scheduler()).save_pretrained(folder)
+        pipe = AnimeFacePipeline(unet, original_scheduler())
+        pipe.save_pretrained(folder, card=render_card(pipe, TrainingSummary(converted_from=checkpoint.name)))
         if variant is not None:
             _save_variant(unet, folder / "unet", variant)
-        del unet  # the check needs its memory
+        del pipe, unet  # the check needs their memory
         for name in variants:
             _check_pipeline(folder, name)
         digests = {file.name: sha256(file) for file in sorted(folder.glob("unet/*.safetensors"))}
@@ -388,18 +393,17 @@ def whole_or_not_at_all(output_dir: Path, size: int) -> Iterator[Path]:
     existing = next(parent for parent in output_dir.parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < size:
         raise BadInput(f"{output_dir}: {size:,} bytes are needed, {free:,} are free: make room or choose another disk")
-    folder = existing / f".{output_dir.name}.partial-{os.getpid()}"
     try:
-        folder.mkdir()
-        yield folder
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        if output_dir.exists():
-            output_dir.rmdir()  # it is empty; Windows moves a folder to a free name only
-        os.replace(folder, output_dir)
+        with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=existing) as private_folder:
+            folder = Path(private_folder, "pipeline")  # that one is open to its maker alone; this one as any folder
+            folder.mkdir()
+            yield folder
+            output_dir.parent.mkdir(parents=True, exist_ok=True)
+            if output_dir.exists():
+                output_dir.rmdir()  # it is empty; Windows moves a folder to a free name only
+            os.replace(folder, output_dir)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{output_dir}: cannot be written, and nothing was: {_reason(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_network(checkpoint: Path, unet_config: Mapping[str, Any]) -> AnimeFaceUNet2DModel:
@@ -416,14 +420,17 @@ def _read_network(checkpoint: Path, unet_config: Mapping[str, Any]) -> AnimeFace
     tensors, left_out = select_tensors(state_dict, original_shapes(unet), shown_as=checkpoint)
     unet.load_state_dict(convert_state_dict(tensors), strict=True, assign=True)
 
+    norms = {name: value for name, value in left_out.items() if _is_dropped(name) and isinstance(value, torch.Tensor)}
+    others = [name for name in left_out if name not in norms]
+    converted, unused = unet.num_parameters(), sum(norm.numel() for norm in norms.values())
     digest = sha256(checkpoint)
     print(f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, sha256 {digest}")
     print(f"  {'is' if digest == PUBLISHED_SHA256 else 'is not'} the published {PUBLISHED_NAME}")
-    print(f"  {unet.num_parameters():,} parameters are converted{place and f', from the entry {place}'}")
-    norms = {name: value for name, value in left_out.items() if _is_dropped(name)}
-    print(f"  {sum(map(torch.numel, norms.values())):,} parameters are left out, the original never applies them:")
-    print(textwrap.fill(", ".join(norms), 119, initial_indent="    ", subsequent_indent="    "))
-    if others := [name for name in left_out if name not in norms]:
+    print(f"  {converted + unused:,} parameters{place and f' in the entry {place}'}, {converted:,} are converted")
+    if norms:
+        print(f"  {unused:,} are left out, the original never applies them:")
+        print(textwrap.indent(textwrap.fill(", ".join(norms), 110), "    "))
+    if others:
         print(f"  left out as well, no weights of the network: {', '.join(others)}")
     _warn_of_another_schedule(left_out)
     return unet
@@ -442,7 +449,8 @@ def _warn_of_another_schedule(left_out: Mapping[str, Any]) -> None:
 
 
 def _save_variant(unet: AnimeFaceUNet2DModel, folder: Path, variant: str) -> None:
-    unet.to(DTYPES[variant])
+    for weight in unet.parameters():  # `unet.to(dtype)` would warn of modules to be kept in float32: there are none
+        weight.data = weight.data.to(DTYPES[variant])
     if broken := [name for name, weight in unet.named_parameters() if not weight.isfinite().all()]:
         raise BadInput(f"--variant {variant}: {len(broken)} tensors exceed its range: {_some(broken)}")
     unet.save_pretrained(folder, variant=variant)

@@ -1,12 +1,15 @@
-"""Draw faces with a saved pipeline: one file for each seed, and a grid of all.
+"""Draw faces with a saved pipeline: one file for each seed, and a grid of all of them.
 
     python -m animeface_pipeline.generate anime-faces --output_dir faces
-    python -m animeface_pipeline.generate user/anime-faces --output_dir faces --num_images 64 --scheduler unipc
-        --num_inference_steps 20
     python -m animeface_pipeline.generate anime-faces --output_dir faces --save_process
+    python -m animeface_pipeline.generate user/anime-faces --output_dir few --scheduler unipc --num_inference_steps 20
 
-One seed, one picture: all noise of image k comes from a generator seeded with seed + k, on the CPU, whatever the
-device, the batch size and the number of images. A run that was stopped goes on when the same command is given again.
+One seed, one picture: all noise of image k comes from a generator of its own, seeded with seed + k and kept on the
+CPU, whatever the batch size, the number of images and the device. A run that was stopped goes on where it was when the
+same command is given again; batch size, device and --compile may change then.
+
+Written are seed-000000.png …, the grid N-imgs-final.png, with --save_process the strips 1.png … N.png, and
+generate.json, by which a run knows its folder. The pictures carry seed, model and settings in their PNG metadata.
 Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
 
@@ -17,78 +20,90 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from . import __version__
-from .cli import BadInput, OneLineParser, command
+from .cli import EXIT_DONE, BadInput, OneLineParser, command
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import SCHEDULERS, switch_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SETTINGS_FILE = "generate.json"  # by it a run knows its own folder
-UNCOMPARED = ("animeface_pipeline", "model")  # the weights count, not what they are called
+SETTINGS_FILE = "generate.json"
+NAMES_ONLY = ("animeface_pipeline", "model")  # settings that may differ when a run goes on: the weights' hash counts
 
 
-def parse_args() -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.generate")
     parser.add_argument("model", help="a pipeline's folder, or its name on the Hub (user/name)")
     parser.add_argument("--output_dir", type=Path, required=True, help="new, empty, or of a run that was stopped")
-    parser.add_argument("--num_images", type=_count, default=16, help="how many images (default: 16)")
-    parser.add_argument("--batch_size", type=_count, default=16, help="how many at once (default: 16)")
+    parser.add_argument("--num_images", type=_count, default=16, help="default: 16")
+    parser.add_argument("--batch_size", type=_count, default=16, help="images drawn at once (default: 16)")
     parser.add_argument("--seed", type=_seed, default=0, help="of the first image; the next has seed + 1 (default: 0)")
-    parser.add_argument(
-        "--num_inference_steps", type=_count, default=1000, help="denoising steps, 20 do for unipc (default: 1000)"
-    )
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="(default: the one that the pipeline was saved with)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="the network's precision (default: float32)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays off on long runs")
+    parser.add_argument("--num_inference_steps", type=_count, default=1000, help="20 do for unipc (default: 1000)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the pipeline was saved with")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the network's precision; default: float32")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, mps, … (default: the best one there is)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; pays off on long runs")
     parser.add_argument("--save_process", action="store_true", help="also save a strip of 20 stages for each image")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, not {text}")
     return int(text)
 
 
+def _device(text: str) -> torch.device:
+    try:
+        torch.ones(1, device=text).item()
+        return torch.device(text)
+    except (AssertionError, RuntimeError) as error:  # torch's, for a name that is none and a device that is not there
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 @command
-def main() -> int | None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     former = read_settings(args.output_dir)
     pipe = load_pipeline(args)
     settings = describe_run(pipe, args)
     claim_folder(args.output_dir, settings, former)
     try:
         draw_missing(pipe, args, settings)
+        save_grid(args)
     except KeyboardInterrupt:
         print(f"stopped: the same command goes on with what is in {args.output_dir}", file=sys.stderr)
         return 128 + signal.SIGINT
-    except torch.OutOfMemoryError:
-        raise BadInput(
-            f"out of memory at --batch_size {args.batch_size}: the same command with less goes on"
-        ) from None
     except OSError as error:
-        raise BadInput(f"{args.output_dir}: cannot be written ({error}): the same command goes on later") from error
-    save_grid(args)
-    return None
+        raise BadInput(f"{args.output_dir}: cannot be written: {error}; the same command goes on from here") from error
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"--batch_size {args.batch_size}: out of memory; the same command goes on with less") from error
+    except RuntimeError as error:
+        if not args.compile:
+            raise
+        raise BadInput(f"--compile: does not work here ({_first_line(error)}); leave it out") from error
+    return EXIT_DONE
 
 
 # ---- before the first image: the pipeline and the folder ----
@@ -104,47 +119,34 @@ def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
     if args.num_inference_steps > most:
         raise BadInput(f"--num_inference_steps {args.num_inference_steps}: must be at most {most}, as in training")
 
-    # The original's own scheduler is switched too: its variance is right at 1000 steps only.
-    is_original = getattr(pipe.scheduler.config, "variance_type", None) == "fixed_large"
+    # The original's own scheduler is made anew as well: its variance is right at 1000 steps only.
+    is_original = isinstance(pipe.scheduler, DDPMScheduler) and pipe.scheduler.config.variance_type == "fixed_large"
     if name := args.scheduler or ("ddpm" if is_original else None):
         pipe.scheduler = switch_scheduler(pipe.scheduler, name, args.num_inference_steps)
 
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32: a picture must not depend on the device
-    pipe.to(usable_device(args.device))
+    torch.backends.cudnn.allow_tf32 = False  # torch allows it by default: float32 pictures would depend on the device
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    pipe.to(args.device or best)
     if args.compile:
         pipe.unet.compile()
     pipe.set_progress_bar_config(desc="denoising", leave=False, position=1, disable=None)
     return pipe
 
 
-def usable_device(name: str | None) -> torch.device:
-    """The device of that name, or the best one that there is."""
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        torch.ones(1, device=name).item()
-        return torch.device(name)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BadInput(
-            f"--device {name}: cannot be used here ({reason}): leave it out for the best there is"
-        ) from error
-
-
 def describe_run(pipe: AnimeFacePipeline, args: argparse.Namespace) -> dict[str, Any]:
-    """What the pictures depend on, and what they are called."""
+    """What the pictures depend on, by names and by the weights' hash."""
+    weights = hashlib.sha256()
+    for tensor in pipe.unet.state_dict().values():
+        weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     config = json.loads(pipe.scheduler.to_json_string())
-    digest = hashlib.sha256()
-    for weight in pipe.unet.state_dict().values():
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     return {
         "animeface_pipeline": __version__,
         "model": args.model,
-        "weights_sha256": digest.hexdigest(),
-        "scheduler": config.pop("_class_name"),
+        "weights_sha256": weights.hexdigest(),
+        "value_range": list(pipe.value_range),
+        "scheduler": config["_class_name"],
         "scheduler_config": {name: value for name, value in config.items() if not name.startswith("_")},
         "num_inference_steps": args.num_inference_steps,
-        "value_range": list(pipe.value_range),
         "dtype": args.dtype,
         "seed": args.seed,
         "num_images": args.num_images,
@@ -153,13 +155,13 @@ def describe_run(pipe: AnimeFacePipeline, args: argparse.Namespace) -> dict[str,
 
 
 def read_settings(output_dir: Path) -> dict[str, Any] | None:
-    """The settings of the run whose folder it is; `None` where there is no folder yet, or an empty one."""
+    """The settings of the run whose folder it is, or `None` where there is no folder yet or an empty one."""
     try:
         if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
             return None
         return dict(json.loads((output_dir / SETTINGS_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise BadInput(f"{output_dir}: is not empty and no folder of a former run: choose another one") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"{output_dir}: holds something other than a former run: choose another folder") from error
 
 
 def claim_folder(output_dir: Path, settings: dict[str, Any], former: dict[str, Any] | None) -> None:
@@ -169,8 +171,8 @@ def claim_folder(output_dir: Path, settings: dict[str, Any], former: dict[str, A
             output_dir.mkdir(parents=True, exist_ok=True)
             write_aside(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
         except OSError as error:
-            raise BadInput(f"{output_dir}: cannot be written ({error}): choose another folder") from error
-    elif other := [name for name in settings if name not in UNCOMPARED and former.get(name) != settings[name]]:
+            raise BadInput(f"{output_dir}: cannot be written: {error}; choose another folder") from error
+    elif other := [name for name in settings if name not in NAMES_ONLY and former.get(name) != settings[name]]:
         raise BadInput(f"{output_dir}: holds a run that differs in {', '.join(other)}: choose another folder")
 
 
@@ -178,7 +180,7 @@ def claim_folder(output_dir: Path, settings: dict[str, Any], former: dict[str, A
 
 
 def draw_missing(pipe: AnimeFacePipeline, args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Draw the images that are not there yet, batch by batch, and save each as soon as it is finished."""
+    """Draw the images that are not there yet, batch by batch, and save each batch when it is finished."""
     seeds = range(args.seed, args.seed + args.num_images)
     missing = [seed for seed in seeds if not all(file.is_file() for file in files_of(seed, args))]
     with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="image") as progress:
@@ -191,13 +193,13 @@ def draw_missing(pipe: AnimeFacePipeline, args: argparse.Namespace, settings: di
 
 
 def files_of(seed: int, args: argparse.Namespace) -> list[Path]:
-    """Where the image of `seed` is saved, and its strip if there is to be one."""
-    names = [f"seed-{seed:06d}.png"] + [f"{seed - args.seed + 1}.png"] * args.save_process
-    return [args.output_dir / name for name in names]
+    """Where the image of `seed` goes, and its strip if there is to be one."""
+    strip = [f"{seed - args.seed + 1}.png"] if args.save_process else []
+    return [args.output_dir / name for name in (f"seed-{seed:06d}.png", *strip)]
 
 
-def draw(pipe: AnimeFacePipeline, seeds: list[int], args: argparse.Namespace) -> list[list[Image.Image]]:
-    """For each seed its image, followed by its strip if there is to be one."""
+def draw(pipe: AnimeFacePipeline, seeds: Sequence[int], args: argparse.Namespace) -> list[list[Image.Image]]:
+    """For each seed its image, and its strip if there is to be one."""
     call: dict[str, Any] = {
         "batch_size": len(seeds),
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -206,7 +208,7 @@ def draw(pipe: AnimeFacePipeline, seeds: list[int], args: argparse.Namespace) ->
     }
     images, *strips = denoising_strips(pipe, **call) if args.save_process else pipe(**call, return_dict=False)
     if not np.isfinite(images).all():
-        raise BadInput(f"the network's output in {args.dtype} is not finite: use --dtype float32")
+        raise BadInput(f"--dtype {args.dtype}: the network's output is not finite; use another precision or model")
     return [list(pictures) for pictures in zip(pipe.numpy_to_pil(images), *strips)]
 
 
@@ -217,11 +219,11 @@ def save_grid(args: argparse.Namespace) -> None:
             images.append(image.copy())
     grid = args.output_dir / f"{args.num_images}-imgs-final.png"
     save_png(image_grid(images), grid)
-    print(f"{args.num_images} images and their grid, {grid.name}, are in {args.output_dir}")
+    print(f"{args.num_images} images are in {args.output_dir}, all of them in {grid.name}")
 
 
 def save_png(picture: Image.Image, file: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Write a PNG with metadata (text; what is not text, as JSON)."""
+    """Write a PNG whose metadata is text: strings as they are, everything else as JSON."""
     info, buffer = PngInfo(), io.BytesIO()
     for name, value in (metadata or {}).items():
         info.add_text(name, value if isinstance(value, str) else json.dumps(value))
@@ -230,7 +232,7 @@ def save_png(picture: Image.Image, file: Path, metadata: dict[str, Any] | None =
 
 
 def write_aside(file: Path, content: bytes) -> None:
-    """Write beside `file` and rename, so that a file is never there in part."""
+    """Write beside `file` and rename, so that it is there whole or not at all."""
     aside = file.with_name(f".{file.name}.part")
     try:
         aside.write_bytes(content)

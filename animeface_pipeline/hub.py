@@ -43,34 +43,6 @@ from .pipeline_animeface import (
 HUB_TIMEOUT = 60.0  # seconds without a single byte; the client itself would wait for ever
 LOSS_CURVE_POINTS = 500  # a longer log is averaged to so many points
 
-# Where this project departs from the original, and how far: (here, in the original, size of the difference).
-Departure = tuple[str, str, str]
-NO_LAST_NOISE: Departure = (
-    "no noise is added in the last step, t = 0, as in the paper",
-    "0.01·z is added there too",
-    "σ = 0.01, that is 2.6 of 255 levels",
-)
-NO_DEAD_NORMS: Departure = (
-    "the attention blocks have no normalisation",
-    "each of the 11 has one that its forward pass never calls",
-    "22 tensors, 13,056 of 168,899,011 parameters; no effect on any output",
-)
-DROPOUT_STAYS: Departure = (
-    "dropout is on for the whole training",
-    "off from epoch 10 on, by accident: sampling leaves the network in eval mode",
-    "its training loss fell from 0.0226 to 0.0203 there",
-)
-TRAILING_STEPS: Departure = (
-    "the scheduler's timesteps are spaced `trailing`, for every solver and number of steps",
-    "1000 steps only: with fewer it draws noise",
-    "none at 1000 steps, the same 999 … 0; with 10, sampling begins at 999, where Diffusers' default begins at 900",
-)
-TRUE_COLOURS: Departure = (
-    "pictures and grids keep their colours",
-    "grids are stretched from their minimum to their maximum when they are saved",
-    "the original's grids have more contrast than its pictures",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
@@ -89,8 +61,8 @@ class TrainingSummary:
         losses (`Sequence[tuple[int, float]]`): (step, training loss), for the curve.
         metrics (`Mapping[str, float]`): By their names on the Hub (`"fid"`, `"kid"`).
         measured (`str`): How, in a sentence: the pictures, the steps, the features.
-        base_model (`str`): The model on the Hub that training went on from.
-        converted_from (`str`): The file of the original's weights, if nothing was trained here.
+        base_model (`str`): The model that training went on from: `user/name` on the Hub, or how a local one is called.
+        converted_from (`str`): The file of the original's weights, if they were trained with the original's code.
         license (`str`, defaults to `"other"`): One of the Hub's licences; `other` where the pictures have none.
     """
 
@@ -113,6 +85,20 @@ class TrainingSummary:
     base_model: str | None = None
     converted_from: str | None = None
     license: str = "other"
+
+
+# What the original's code and log tell of the checkpoint that it publishes.
+PUBLISHED_RUN = TrainingSummary(
+    converted_from="ddpm-model-45.ckpt",
+    recipe="original",
+    dataset="two sets of anime faces from Kaggle, cleaned by hand",
+    dataset_size=78_698,
+    steps=56_580,
+    epochs=46,
+    samples_seen=3_620_108,
+    batch_size=64,
+    hardware="NVIDIA RTX 4090",
+)
 
 
 def render_card(
@@ -152,10 +138,11 @@ def render_card(
         converted_from=summary.converted_from,
         training=training_table(summary),
         settings=yaml.safe_dump(dict(summary.settings), sort_keys=False).strip() if summary.settings else "",
-        results={name: f"{value:.4g}" for name, value in summary.metrics.items()},
+        results={name.upper(): f"{value:.4g}" for name, value in summary.metrics.items()},
         measured=summary.measured,
         times_seen=times_seen(summary),
-        departures=departures(pipe, summary),
+        dropout_stayed=summary.converted_from is None and pipe.unet.config.dropout > 0,
+        trailing=pipe.scheduler.config.get("timestep_spacing") == "trailing",
         version=version("animeface-pipeline"),
     )
     files: dict[str, str | bytes] = {"README.md": sign_card(re.sub(r"\n{3,}", "\n\n", str(card)))}
@@ -181,7 +168,7 @@ def card_data(summary: TrainingSummary, fixed: Mapping[str, Any]) -> ModelCardDa
     known = {
         "license": summary.license,
         "datasets": [summary.hub_dataset] if summary.hub_dataset else None,
-        "base_model": summary.base_model,
+        "base_model": summary.base_model if "/" in (summary.base_model or "") else None,
         "metrics": list(summary.metrics) or None,
         "model_name": "AnimeFacePipeline" if results else None,
         "eval_results": results or None,
@@ -215,19 +202,6 @@ def times_seen(summary: TrainingSummary) -> int | None:
     if not summary.samples_seen or not summary.dataset_size:
         return None
     return math.ceil(summary.samples_seen / summary.dataset_size)
-
-
-def departures(pipe: AnimeFacePipeline, summary: TrainingSummary) -> list[Departure]:
-    """The departures from the original that hold for this pipeline."""
-    trained_here = summary.converted_from is None and pipe.unet.config.dropout > 0
-    trailing = pipe.scheduler.config.get("timestep_spacing") == "trailing"
-    return [
-        NO_LAST_NOISE,
-        *([DROPOUT_STAYS] if trained_here else []),
-        NO_DEAD_NORMS,
-        *([TRAILING_STEPS] if trailing else []),
-        TRUE_COLOURS,
-    ]
 
 
 def plot_losses(losses: Sequence[tuple[int, float]]) -> bytes:
@@ -296,14 +270,14 @@ def check_repo_id(repo_id: str) -> None:
         raise BadInput(f"--hub_model_id {repo_id}: {error}") from error
 
 
-def push_or_explain(folder: str | os.PathLike, repo_id: str, private: bool | None = None) -> int:
+def push_or_explain(folder: str | os.PathLike, repo_id: str, private: bool = False) -> int:
     r"""
     Push a saved pipeline at the end of a run; a failure costs nothing but the push.
 
     Args:
         folder (`str` or `os.PathLike`): The folder that `save_pretrained` wrote; it is only read.
         repo_id (`str`): `user/name`, or `name` in your own namespace.
-        private (`bool`, *optional*): Whether a new repository is private.
+        private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
 
     Returns:
         `int`: the exit code, 0, or 3 after one line on stderr with the reason and the command that pushes it later.
@@ -314,16 +288,17 @@ def push_or_explain(folder: str | os.PathLike, repo_id: str, private: bool | Non
         return _explain(error, Path(folder), repo_id, private)
 
 
-def _push(folder: Path, repo_id: str, **options: Any) -> int:
+def _push(folder: Path, repo_id: str, private: bool, **options: Any) -> int:
     get_session().timeout = HUB_TIMEOUT
-    commit = upload_folder_as_pipeline(folder, repo_id, **options)
+    # None leaves it to the Hub: an organisation may make its new repositories private by default
+    commit = upload_folder_as_pipeline(folder, repo_id, private=private or None, **options)
     print(f"pushed {folder} to {commit.pr_url or commit.commit_url}")
     return EXIT_DONE
 
 
-def _explain(error: Exception, folder: Path, repo_id: str, private: bool | None, create_pr: bool = False) -> int:
-    arguments = ["python", "-m", "animeface_pipeline.hub", str(folder.resolve()), "--hub_model_id", repo_id]
-    arguments += ["--private"] * bool(private) + ["--create_pr"] * create_pr
+def _explain(error: Exception, folder: Path, repo_id: str, private: bool, create_pr: bool = False) -> int:
+    arguments = ["python", "-m", "animeface_pipeline.hub", folder.resolve().as_posix(), "--hub_model_id", repo_id]
+    arguments += ["--private"] * private + ["--create_pr"] * create_pr
     later = subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
     reason = explain_hub_error(error)
     print(f"error: not pushed to {repo_id}: {reason}. All is saved; push it later with: {later}", file=sys.stderr)
@@ -335,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.hub")
     parser.add_argument("folder", type=Path, help="a folder that save_pretrained or training wrote")
     parser.add_argument("--hub_model_id", required=True, metavar="USER/NAME", help="created if it is not there")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--commit_message", help="default: Upload AnimeFacePipeline")
     parser.add_argument("--include", nargs="+", default=(), metavar="PATTERN", help='push more, e.g. "logs/**/*"')

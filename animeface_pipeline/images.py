@@ -93,5 +93,5 @@ def denoising_strips(
             stages.append(pipe.decode(tensors["sample"]))
         return {}
 
-    images = pipe(callback_on_step_end=keep_stage, **kwargs).images
+    (images,) = pipe(callback_on_step_end=keep_stage, return_dict=False, **kwargs)
     return images, [image_grid(strip, columns=len(strip)) for strip in zip(*stages)]

@@ -14,12 +14,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 4096 * 4096  # decoding takes up to 20 bytes a pixel: some 340 MB in every worker
-MAX_ASPECT = 2.0  # the centred crop would lose more than half of the picture
-MIN_CONTRAST = 10.0  # 2 of the 26,625 are below it: pencil that can hardly be seen
-MIN_COLOUR_SPREAD = 0.8  # 25 of the 26,625 are below it, all without colour or tinted; from 0.85 on coloured ones follow
-NEAR_DUPLICATE_BITS = 48  # see `perceptual_hash`: of 50 pairs at 42 to 48 bits 2 were false, at 56 to 60 bits 9
-RELATED_BITS = 60  # alike, but not a copy: both are kept, on the same side of the split
+MAX_PIXELS = 4096 * 4096  # also bounds the memory of a worker
+MAX_ASPECT = 2.0  # beyond it the centred crop would lose more than half of the picture
+MIN_CONTRAST = 10.0  # below: 2 pencil drawings that can hardly be seen; next above: 10.7, faint but clear
+MIN_COLOUR_SPREAD = 0.8  # below: 25 pictures, all grey or of one tint; from 0.85 on coloured ones are among them
+NEAR_DUPLICATE_BITS = 48  # of 50 pairs up to it none was of two drawings, of 50 at it one, of 50 at 56 to 60 nine
+RELATED_BITS = 64  # alike, often another crop or expression: both are kept, on the same side of the split
 
 # Raster formats that Pillow recognises by their first bytes; no PostScript, which it would hand to another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
@@ -28,7 +28,7 @@ RULES = {
     "unreadable": "cannot be opened: no permission, a link that leads nowhere or in a circle, or no regular file",
     "not-an-image": f"none of the formats {', '.join(FORMATS)}",
     "corrupt": "a picture, but its data are cut off or damaged",
-    "too-many-pixels": f"more than {MAX_PIXELS:,} pixels: a decompression bomb or a scan, refused before it is decoded",
+    "too-many-pixels": f"more than {MAX_PIXELS:,} pixels: a decompression bomb or a scan, not decoded at all",
     "animated": "more than one frame or page",
     "too-small": "the short side has fewer than min_size pixels",
     "extreme-aspect": f"the long side is more than {MAX_ASPECT:g} times the short side",
@@ -36,8 +36,8 @@ RULES = {
     "near-monochrome": f"greys or shades of one hue: the colours stray by less than {MIN_COLOUR_SPREAD:g} of 255"
     " (root mean square) from one line through grey",
     "exact-duplicate": "has exactly the decoded pixels of the copy that is kept",
-    "near-duplicate": f"at most {NEAR_DUPLICATE_BITS} of the 256 bits of its perceptual hash differ from the copy that"
-    " is kept, as it is or mirrored",
+    "near-duplicate": f"at most {NEAR_DUPLICATE_BITS} of the 256 bits of its perceptual hash, which sees shapes and no"
+    " colours, differ from the copy that is kept, as it is or mirrored",
 }
 OPTIONAL_RULES = ("extreme-aspect", "near-blank", "near-monochrome", "near-duplicate")  # --keep switches them off
 
@@ -53,26 +53,38 @@ class SetAside(Exception):
         self.rule, self.detail = rule, detail
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Decode the whole file: upright, on white, 8-bit sRGB, without metadata. Raises `SetAside`, and nothing else."""
+def read_picture(path: Path, first_frame: bool = False) -> Image.Image:
+    """
+    Decode the whole file: upright, on white, 8-bit sRGB, without metadata.
+
+    Args:
+        path (`Path`): The file.
+        first_frame (`bool`, *optional*, defaults to `False`): Whether to return the first frame of an animated one.
+
+    Returns:
+        `PIL.Image.Image`: the picture, of mode RGB and the size of the file's.
+
+    Raises:
+        [`SetAside`]: there is no whole, single picture in the file; nothing else is raised, whatever the file holds.
+    """
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):  # opening a named pipe would wait for ever
             raise SetAside("unreadable", "a folder that cannot be listed" if stat.S_ISDIR(mode) else "no regular file")
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115  (it is closed below; this line alone may find it unreadable)
     except OSError as error:
         raise SetAside("unreadable", error.strerror or str(error)) from None
     with file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF data, odd palettes and large pictures
         try:
-            return to_rgb(_decode(file))
+            return to_rgb(_decode(file, first_frame))
         except SetAside:
             raise
         except Exception as error:  # the decoders raise almost anything when they meet damaged data
             raise SetAside("corrupt", str(error) or type(error).__name__) from None
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _decode(file: BinaryIO, first_frame: bool) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
@@ -81,7 +93,8 @@ def _decode(file: BinaryIO) -> Image.Image:
         raise _unidentified(file) from None
     if image.width * image.height > MAX_PIXELS:
         raise SetAside("too-many-pixels", f"{image.width}×{image.height}")
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's MPO: a picture and its preview
+    several = getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's MPO: a picture, its preview
+    if several and not first_frame:
         raise SetAside("animated")
     if image.format in ("JPEG", "MPO"):
         _check_end_of_scan(file)
@@ -132,7 +145,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Wider than 8 bits (I, I;16, F) → L; every other mode as it is, but without its alpha."""
     if image.mode == "I" or image.mode == "F" or image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image, dtype=np.float32)
         if not np.isfinite(values).all():
             raise SetAside("corrupt", "pixels that are no finite numbers")
         return Image.fromarray(np.round(values.clip(0) * (255 / _full_scale(image.mode, values))).astype(np.uint8))
@@ -176,10 +189,10 @@ def perceptual_hash(thumbnail: Image.Image) -> np.ndarray:
     """
     The signs of the 16×16 lowest frequencies of the grey thumbnail, packed into (32,) uint8.
 
-    The usual 8×8 is too coarse for faces, which all have one layout: of the pairs with 6 of its 64 bits different
-    more than half were not the same drawing, while the 256 bits leave a gap between copies and strangers.
+    The usual 8×8 is too coarse for faces, which all have one layout: of 50 pairs with 6 of its 64 bits different 26
+    were of two drawings, while the 256 bits leave a gap between copies and strangers.
     """
-    import imagehash  # the extra [data]; it brings SciPy, which the parent process does not need
+    import imagehash  # the extra [data]
 
     return np.packbits(imagehash.phash(thumbnail, hash_size=HASH_SIZE).hash)
 
@@ -190,9 +203,9 @@ def square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def check_picture(picture: Image.Image, thumbnail: Image.Image, min_size: int, keep: frozenset[str]) -> None:
-    """Raise `SetAside` for the first rule on shape or content that the picture breaks and that `keep` does not name."""
+    """Raise `SetAside` for the first rule on shape or content that the picture breaks, `keep` aside."""
     short, long = sorted(picture.size)
-    contrast = float(np.asarray(thumbnail).std(axis=(0, 1)).max())
+    contrast = max(float(np.asarray(channel).std()) for channel in thumbnail.split())
     spread = colour_spread(thumbnail)
     broken = {
         "too-small": (short < min_size, f"{picture.width}×{picture.height}"),

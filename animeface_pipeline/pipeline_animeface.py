@@ -74,13 +74,8 @@ pipe = DiffusionPipeline.from_pretrained("USER/NAME", trust_remote_code=True)
 pipe(batch_size=4).images[0]
 ```
 
-With the package `animeface_pipeline` no code of the repository is run:
-
-```py
-from animeface_pipeline import AnimeFacePipeline
-
-pipe = AnimeFacePipeline.from_pretrained("USER/NAME")
-```
+With the package, `AnimeFacePipeline.from_pretrained("USER/NAME")` does the same, and runs no code of
+this repository.
 """
 
 
@@ -119,7 +114,7 @@ class AnimeFacePipeline(DiffusionPipeline):
         self,
         unet: torch.nn.Module,
         scheduler: SchedulerMixin,
-        value_range: tuple = (0.0, 1.0),  # tuple[float, float]; Diffusers warns of annotations that are no class
+        value_range: tuple[float, float] | list[float] = (0.0, 1.0),  # a list when Diffusers reads it from the index
     ):
         super().__init__()
         low, high = (float(value) for value in value_range)
@@ -290,10 +285,9 @@ class AnimeFacePipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: pipelines are saved as safetensors only")
         folder = Path(save_directory)
+        # Of a former save, in shards or in one file, Diffusers leaves what would be loaded instead of the new weights.
         weights, index = _weights_and_index(folder, variant)
-        index.unlink(
-            missing_ok=True
-        )  # Diffusers removes the shards of a former save, but would then follow their index
+        index.unlink(missing_ok=True)
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         if index.is_file():
             weights.unlink(missing_ok=True)
@@ -367,8 +361,9 @@ class AnimeFacePipeline(DiffusionPipeline):
         parts = {name: kwargs.pop(name) for name in ("scheduler", "value_range") if name in kwargs}
         if "scheduler" not in parts:
             library, class_name = index["scheduler"]
-            scheduler_class = getattr(diffusers, class_name, None) if library == "diffusers" else None
-            if not inspect.isclass(scheduler_class) or not issubclass(scheduler_class, SchedulerMixin):
+            scheduler_class: Any = getattr(diffusers, class_name, None) if library == "diffusers" else None
+            is_scheduler = inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)
+            if not is_scheduler:
                 where = pretrained_model_name_or_path
                 raise ValueError(f"{where}: model_index.json names the scheduler {class_name}, unknown to Diffusers")
             parts["scheduler"] = scheduler_class.from_pretrained(folder, subfolder="scheduler")
@@ -405,9 +400,7 @@ class AnimeFacePipeline(DiffusionPipeline):
         source = Path(self.unet.config.get("_name_or_path") or "none").parent
         if (source / "model_index.json").is_file() and source.resolve() != folder.resolve():
             if not _fetch_card(source, token):
-                logger.warning(
-                    f"The card of these weights cannot be had from the Hub now: {folder} is saved without one"
-                )
+                logger.warning(f"The card of these weights cannot be had from the Hub: {folder} is saved without it")
                 return {}
             files = [file for pattern in CARD_FILES for file in source.glob(pattern)]
             if files:
@@ -460,7 +453,7 @@ def _fetch_card(folder: Path, token: str | None) -> bool:
     cache, repo = folder.parents[2], folder.parents[1].name  # <cache>/models--user--name/snapshots/<commit>
     repo_id = repo.removeprefix("models--").replace("--", "/")
     try:
-        snapshot_download(repo_id, revision=folder.name, cache_dir=cache, allow_patterns=CARD_FILES, token=token)
+        snapshot_download(repo_id, revision=folder.name, cache_dir=cache, allow_patterns=list(CARD_FILES), token=token)
     except Exception as error:  # the pipeline works without its card
         logger.info(f"No card: {explain_hub_error(error, token)}")
         return False
@@ -527,38 +520,39 @@ def upload_folder_as_pipeline(
     there = {file.rfilename for file in head.siblings or []}
 
     def read(name: str) -> str:
-        if name not in there:
-            return ""
-        return Path(api.hf_hub_download(repo_id, name, revision=head.sha)).read_text(
-            encoding="utf-8", errors="replace"
-        )
+        file = Path(api.hf_hub_download(repo_id, name, revision=head.sha)) if name in there else None
+        return file.read_text(encoding="utf-8", errors="replace") if file else ""
 
+    # 1. nothing of another kind is overwritten
     foreign = sorted(there - {".gitattributes", "LICENSE", "README.md"})
     if foreign and '"AnimeFace' not in read("model_index.json"):
         raise ValueError(f"{repo_id} on the Hub holds something else ({', '.join(foreign[:3])}): choose another name")
+
+    # 2. the files, and the card under the repository's name
     files: dict[str, str | bytes] = {
         path.relative_to(folder).as_posix(): str(path)
         for pattern in (*PUBLISHED_FILES, *include)
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
-    here = Path(folder, "README.md").read_text(encoding="utf-8") if files.pop("README.md", None) else ""
-    card = _card_to_push(here, read("README.md"), repo_id)
+    card_here = Path(folder, "README.md").read_text(encoding="utf-8") if files.pop("README.md", None) else ""
+    card = _card_to_push(card_here, read("README.md"), repo_id)
     if card is not None:
         files["README.md"] = card.encode()
-    elif here:
+    elif card_here:
         logger.warning(f"{repo_id} keeps its README.md, which somebody edited")
+
+    # 3. former weights of the same variant that would be loaded instead of these
     variants = {_variant(name) for name in files}
     stale = sorted(name for name in there - set(files) if _WEIGHTS.fullmatch(name) and _variant(name) in variants)
+
+    # 4. one commit, on top of the one that was looked at: what somebody pushes meanwhile is not overwritten
     return api.create_commit(
         repo_id,
-        [
-            *(CommitOperationAdd(name, content) for name, content in files.items()),
-            *(CommitOperationDelete(name) for name in stale),
-        ],
+        [*(CommitOperationAdd(*file) for file in files.items()), *map(CommitOperationDelete, stale)],
         commit_message=commit_message or "Upload AnimeFacePipeline",
         create_pr=create_pr,
-        parent_commit=head.sha,  # what somebody else pushes meanwhile is not overwritten
+        parent_commit=head.sha,
     )
 
 
@@ -583,7 +577,7 @@ _EXPLAINED_ERRORS = (
     (LocalEntryNotFoundError, "the Hub cannot be reached, and the cache does not have it"),
 )
 _EXPLAINED_STATUSES = {
-    401: "the Hub refuses the token: make a new one, then `hf auth login` or HF_TOKEN",
+    401: "the Hub refuses the token: make a new one for `hf auth login` or HF_TOKEN",
     403: "the token may not write there",
     412: "somebody else pushed at the same moment: push again",
 }
@@ -591,17 +585,18 @@ _EXPLAINED_STATUSES = {
 
 def explain_hub_error(error: Exception, token: str | None = None) -> str:
     """Why the Hub could not do what it was asked to, in one line."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the client's "Error while uploading …" alone says nothing
     for kind, explanation in _EXPLAINED_ERRORS:
         if isinstance(error, kind):
             return explanation
+    said = " ".join((getattr(error, "server_message", None) or str(error)).split()).rstrip(".")
     if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, " ".join((error.server_message or "").split())
+        status = error.response.status_code
         if status == 401 and not (token or get_token()):
-            return "there is no token: `hf auth login`, or set HF_TOKEN"
-        answer = _EXPLAINED_STATUSES.get(status, f"the Hub answered {status}")
-        return f"{answer} ({said})" if said else answer
-    message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+            return "there is no token: run `hf auth login`, or set HF_TOKEN"
+        return f"{_EXPLAINED_STATUSES.get(status, f'the Hub answered {status}')} ({said})"
+    return said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
 
 
 # ---- the card is ours, and may be written anew, as long as its text has the hash that it was signed with ----

@@ -1,4 +1,4 @@
-"""Merge folders of pictures into one clean training set: bad files set aside, copies found, the rest cropped and split.
+"""Merge folders of pictures into one clean training set: bad files and copies set aside, the rest cropped and split.
 
     python -m animeface_pipeline.prepare_dataset SOURCE [SOURCE …] --output_dir DIR
 
@@ -18,15 +18,15 @@ import functools
 import hashlib
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +36,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from .cli import BadInput, OneLineParser, command
-from .dataset_report import REPORT_FILE, write_report
+from .dataset_report import REPORT_FILE, printable, summary, write_report
 from .near_duplicates import families, find_near_duplicates
 from .picture_rules import (
     NEAR_DUPLICATE_BITS,
     OPTIONAL_RULES,
+    RELATED_BITS,
     RULES,
     THUMBNAIL_SIZE,
     SetAside,
@@ -52,10 +53,10 @@ from .picture_rules import (
 )
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-FILES_PER_TASK = 64
+TASK = 64  # files that a worker reads at a time
 MAX_NUM_PROC = 61  # Windows cannot wait for more processes at once
 
-# What is kept of each file while the command runs: some 220 bytes, whatever the picture's size.
+# What is remembered of each file: 182 bytes, however large the picture is.
 RECORD = np.dtype(
     [
         ("file", "i4"),  # its place in the list of files
@@ -89,35 +90,23 @@ class Settings(NamedTuple):
     keep: frozenset[str]
 
 
+class Outcome(NamedTuple):
+    """Everything that is known at the end; `splits` says for each split which of the files are in it, (N,) bool."""
+
+    sources: list[Path]
+    names: list[str]
+    files: list[File]
+    records: np.ndarray
+    splits: dict[str, np.ndarray]
+    manifest: dict[str, Any]
+
+
 @command
 def main(argv: list[str] | None = None) -> int | None:
     args = parse_args(argv)
     sources, output = check_folders(args.sources, args.output_dir)
-    settings = Settings(args.resolution, args.min_size, args.holdout, frozenset(args.keep))
-
-    files = list_files(sources)
-    if not files:
-        raise BadInput(f"{', '.join(map(str, args.sources))}: no file in there; name the folders with the pictures")
-    names = source_names(args.sources)
-    manifest = describe(settings, names, files)
-    if output.exists() and any(output.iterdir()):
-        check_finished(output, manifest)
-        print(f"{output}: already prepared from these files with these arguments, nothing to do")
-        return None
-
-    work = None if args.dry_run else Workplace(output, manifest, files)
     try:
-        records = read_all(sources, files, settings, args.num_proc, work)
-        mark_duplicates(records, files, settings.keep)
-        validation = choose_validation(records, settings.holdout)
-        print_counts(records, validation)
-        if not (records["rule"] == b"").any():
-            if work:
-                work.remove()
-            raise BadInput(f"{', '.join(map(str, args.sources))}: no picture is left, all were set aside (see above)")
-        if work:
-            write_result(work, sources, files, records, validation, manifest)
-            print(f"{output}: ready for load_dataset; what was set aside: {output / REPORT_FILE}")
+        prepare(args, sources, output)
     except KeyboardInterrupt:
         print("stopped" if args.dry_run else "stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -126,9 +115,36 @@ def main(argv: list[str] | None = None) -> int | None:
             f"--num_proc {args.num_proc}: a worker process was killed, perhaps for want of memory; give the same"
             " command with fewer, it goes on from here"
         ) from None
-    except OSError as error:  # the sources' own troubles are records by now
+    except OSError as error:  # of the output; what is wrong with the sources stands in the records
         raise BadInput(f"{output}: cannot be written ({error}); give the same command again to go on") from error
     return None
+
+
+def prepare(args: argparse.Namespace, sources: list[Path], output: Path) -> None:
+    """List, read, find copies, split, write."""
+    settings = Settings(args.resolution, args.min_size, args.holdout, frozenset(args.keep))
+    names, files = source_names(sources), list_files(sources)
+    if not files:
+        raise BadInput(f"{', '.join(map(str, args.sources))}: no file in there; name the folders with the pictures")
+    manifest = describe(settings, names, files)
+    if output.exists() and any(output.iterdir()):
+        check_finished(output, manifest)
+        print(f"{output}: already prepared from these files with these arguments; nothing to do")
+        return
+
+    work = None if args.dry_run else Workplace(output, manifest, files)
+    records = read_all(sources, files, settings, args.num_proc, work)
+    family = mark_duplicates(records, files, settings.keep)
+    splits = choose_splits(records, family, settings.holdout)
+    outcome = Outcome(sources, names, files, records, splits, manifest)
+    print_counts(outcome)
+    if not (records["rule"] == b"").any():
+        if work:
+            work.remove()
+        raise BadInput(f"{', '.join(map(str, args.sources))}: no picture is left, all were set aside (see above)")
+    if work:
+        write_result(outcome, work)
+        print(f"{output}: ready for load_dataset; {output / REPORT_FILE} shows what was set aside")
 
 
 # ---- what is asked for ----
@@ -174,6 +190,8 @@ def check_folders(given_sources: list[Path], given_output: Path) -> tuple[list[P
         source = given.resolve()
         if output.is_relative_to(source) or source.is_relative_to(output):
             raise BadInput(f"--output_dir {given_output}: must lie outside the source {given}, and not around it")
+        if source in sources:
+            raise BadInput(f"{given}: is given twice")
         sources.append(source)
     if output.exists() and not output.is_dir():
         raise BadInput(f"--output_dir {given_output}: is a file; name a new folder")
@@ -183,9 +201,11 @@ def check_folders(given_sources: list[Path], given_output: Path) -> tuple[list[P
 
 
 def source_names(sources: list[Path]) -> list[str]:
-    """The folders' own names where these tell them apart, otherwise the paths as they were given."""
-    names = [source.resolve().name for source in sources]
-    return names if len(set(names)) == len(names) else [source.as_posix() for source in sources]
+    """The folders' own names, with as many of the folders around them as it takes to tell them apart."""
+    depth = 1
+    while len({source.parts[-depth:] for source in sources}) < len(sources):
+        depth += 1
+    return [Path(*source.parts[-depth:]).as_posix() for source in sources]
 
 
 def list_files(sources: list[Path]) -> list[File]:
@@ -193,7 +213,6 @@ def list_files(sources: list[Path]) -> list[File]:
     files, seen = [], set()
     for number, source in enumerate(sources):
         unlistable: list[OSError] = []
-        found = []
         for folder, subfolders, names in os.walk(source, onerror=unlistable.append, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:  # sources that nest, or a link that leads back up
@@ -201,15 +220,18 @@ def list_files(sources: list[Path]) -> list[File]:
                 continue
             seen.add(real)
             subfolders.sort()
-            found += [os.path.join(folder, name) for name in names]
-        for path in [*found, *(error.filename for error in unlistable)]:
-            try:
-                status = os.stat(path)
-                size, mtime = status.st_size, status.st_mtime_ns
-            except OSError:  # a link that leads nowhere; reading it will say so
-                size, mtime = 0, 0
-            files.append(File(number, Path(path).relative_to(source).as_posix(), size, mtime))
+            files += [file_below(source, number, Path(folder, name)) for name in names]
+        files += [file_below(source, number, Path(error.filename)) for error in unlistable]
     return sorted(files)
+
+
+def file_below(source: Path, number: int, path: Path) -> File:
+    try:
+        status = path.stat()
+        size, mtime = status.st_size, status.st_mtime_ns
+    except OSError:  # a link that leads nowhere; reading it will say so
+        size, mtime = 0, 0
+    return File(number, path.relative_to(source).as_posix(), size, mtime)
 
 
 def describe(settings: Settings, names: list[str], files: list[File]) -> dict[str, Any]:
@@ -231,13 +253,15 @@ def check_finished(output: Path, manifest: dict[str, Any]) -> None:
         report = json.loads((output / REPORT_FILE).with_suffix(".json").read_text(encoding="utf-8"))
         theirs, splits = {key: report[key] for key in manifest}, report["splits"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"--output_dir {output}: is not empty and was not prepared by this command; {way_out}") from None
-    for key, what in {"arguments": "with other arguments", "rules": "by other rules", "files": "from other files"}.items():
+        raise BadInput(
+            f"--output_dir {output}: is not empty and was not prepared by this command; {way_out}"
+        ) from None
+    for key in manifest:
         if theirs[key] != manifest[key]:
-            raise BadInput(f"--output_dir {output}: was prepared {what}; {way_out}")
-    for split, number in splits.items():
-        if len(list((output / split).glob("*.png"))) != number:
-            raise BadInput(f"--output_dir {output}: not all {number} pictures of {split} are there; {way_out}")
+            raise BadInput(f"--output_dir {output}: was prepared with other {key}; {way_out}")
+    for name, number in splits.items():
+        if len(list((output / name).glob("*.png"))) != number:
+            raise BadInput(f"--output_dir {output}: not all {number} pictures of {name} are there; {way_out}")
 
 
 # ---- reading: every file once, in parallel ----
@@ -246,25 +270,26 @@ def check_finished(output: Path, manifest: dict[str, Any]) -> None:
 class Workplace:
     """The folder DIR.partial, where the result grows until it is renamed to DIR, and where a stopped run goes on.
 
-    `pictures/` holds a PNG named by the hash of its pixels for each picture that was read, `journal` the records.
-    Both are used again only if `manifest.json` shows the same arguments, files and times.
+    `pictures` holds a PNG named by the hash of its pixels for each picture that was read, `journal` the records.
+    Both are used again only if `prepare_dataset.json` shows the same arguments, files and times.
     """
 
     def __init__(self, output: Path, manifest: dict[str, Any], files: list[File]) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
+        self.manifest, self.journal = self.folder / "prepare_dataset.json", self.folder / "journal"
         self.pictures, self.result = self.folder / "pictures", self.folder / "result"
-        self.journal = self.folder / "journal"
         times = hashlib.sha256(np.array([file.mtime for file in files]).tobytes()).hexdigest()
         wanted = json.dumps({**manifest, "sha256_of_times": times})
-        stored = self.folder / "manifest.json"
-        if self.folder.exists():
-            if not stored.is_file() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(self.folder.iterdir()):
+            ours = {self.manifest, self.journal, self.pictures, self.result}
+            if not self.manifest.is_file() or not ours.issuperset(self.folder.iterdir()):
                 raise BadInput(f"{self.folder}: is needed to work in, but holds something else; move it away")
-            if not stored.is_file() or stored.read_text(encoding="utf-8") != wanted:
+            if self.manifest.read_text(encoding="utf-8") != wanted:
                 self.remove()
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        stored.write_text(wanted, encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.manifest.write_text(wanted, encoding="utf-8")
+        self.pictures.mkdir(exist_ok=True)
 
     def finished_records(self) -> np.ndarray:
         """The records of an earlier run that was stopped; the last one may have been written in part."""
@@ -359,13 +384,8 @@ def read_files(task: list[tuple[int, Path]], settings: Settings, pictures: Path 
 def write_png(picture: Image.Image, path: Path) -> None:
     """Write the file as a whole; two workers may meet two copies of one picture at the same time."""
     unfinished = path.with_suffix(f".{os.getpid()}")
-    picture.save(unfinished, "PNG")
+    picture.save(unfinished, "PNG", compress_level=1)  # faster than 6, and at 64×64 not larger
     os.replace(unfinished, path)
-
-
-def printable(text: str) -> str:
-    """File names need not be valid Unicode; the result is."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # ---- deciding: copies, and who is held out ----
@@ -403,71 +423,69 @@ def mark_duplicates(records: np.ndarray, files: list[File], keep: frozenset[str]
     return family
 
 
-def choose_validation(records: np.ndarray, family: np.ndarray, holdout: float) -> np.ndarray:
+def choose_splits(records: np.ndarray, family: np.ndarray, holdout: float) -> dict[str, np.ndarray]:
     """
-    Which pictures are held out, (N,) bool: whole families, in an order that only their pixels decide.
+    Hold whole families out for validation, in an order that only their pixels decide, until the share is reached.
 
-    The share is met as nearly as the families allow; with a holdout above 0 and two families or more it is not empty
-    unless every family is larger than the share.
+    A family that is larger than what is still wanted is passed over; at least one picture is wanted (unless `holdout`
+    is 0), and at least one is left for training.
     """
     kept = np.flatnonzero(records["rule"] == b"")
-    left = min(max(1, round(holdout * len(kept))), len(kept) - 1) if holdout else 0
-    members: dict[int, list[int]] = {}
-    for number in kept[np.argsort(records["pixels"][kept])]:
-        members.setdefault(family[number], []).append(number)
-    is_held_out = np.zeros(len(records), bool)
-    for numbers in sorted(members.values(), key=lambda numbers: hashlib.sha256(records["pixels"][numbers]).digest()):
-        if len(numbers) <= left:
-            is_held_out[numbers] = True
-            left -= len(numbers)
-    return is_held_out
+    wanted = min(max(1, round(holdout * len(kept))), len(kept) - 1) if holdout else 0
+    hashes = np.array([int(pixels[:16], 16) for pixels in records["pixels"][kept]], np.uint64)
+    order, size = np.zeros((2, family.max(initial=0) + 1), np.uint64)
+    np.bitwise_xor.at(order, family[kept], hashes)  # does not favour large families, as the least hash would
+    np.add.at(size, family[kept], 1)
+    is_held_out = np.zeros(len(order), bool)
+    for label in np.argsort(order, kind="stable"):
+        if 0 < size[label] <= wanted:
+            is_held_out[label] = True
+            wanted -= int(size[label])
+    is_kept = records["rule"] == b""
+    validation = is_kept & is_held_out[family]
+    return {"train": is_kept & ~validation, "validation": validation}
 
 
 # ---- writing ----
 
 
-def print_counts(names: list[str], files: list[File], records: np.ndarray, is_held_out: np.ndarray) -> None:
-    for source, name in enumerate(names):
-        print(f"{sum(file.source == source for file in files):>9,} files in {name}")
+def print_counts(outcome: Outcome) -> None:
+    counts = summary(outcome)
+    for name, numbers in counts["sources"].items():
+        print(f"{numbers['files']:>9,} files in {printable(name)}")
     for rule, meaning in RULES.items():
-        print(f"{(records['rule'] == rule.encode()).sum():>9,} {rule}: {meaning}")
-    kept, held_out = (records["rule"] == b"").sum(), is_held_out.sum()
-    print(f"{kept:>9,} kept: {kept - held_out:,} train, {held_out:,} validation")
+        print(f"{counts['set_aside'][rule]:>9,} {rule}: {meaning}")
+    parts = ", ".join(f"{number:,} {name}" for name, number in counts["splits"].items())
+    print(f"{sum(counts['splits'].values()):>9,} kept: {parts}")
 
 
-def write_result(
-    work: Workplace,
-    sources: list[Path],
-    files: list[File],
-    records: np.ndarray,
-    is_held_out: np.ndarray,
-    manifest: dict[str, Any],
-) -> None:
-    """Move the pictures into their splits, write metadata and report, and let all of it appear at once as `output`."""
-    is_kept = records["rule"] == b""
-    splits = {"train": is_kept & ~is_held_out, "validation": is_held_out}
-    for split, is_in in splits.items():
+def write_result(outcome: Outcome, work: Workplace) -> None:
+    """Move the pictures into their splits, add metadata and report, and let all of it appear at once as `output`."""
+    for name, is_in in outcome.splits.items():
         if is_in.any():
-            folder = work.result / split
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as metadata:
-                for record in np.sort(records[is_in], order="pixels"):
-                    file, pixels = files[record["file"]], record["pixels"].decode()
-                    entry = {
-                        "file_name": f"{pixels}.png",
-                        "source": manifest["arguments"]["sources"][file.source],
-                        "original_name": file.name,
-                        "hash": pixels,
-                    }
-                    metadata.write(json.dumps(entry) + "\n")
-                    target = folder / entry["file_name"]
-                    if not target.exists():  # moved before the run was stopped
-                        os.replace(work.pictures / target.name, target)
-    write_report(work.result, sources, files, records, splits, manifest)
+            write_split(outcome, np.flatnonzero(is_in), work, work.result / name)
+    write_report(outcome, work.result)
+    shutil.rmtree(work.pictures)  # only copies are left in it
     if work.output.exists():
         work.output.rmdir()  # it is empty
     os.replace(work.result, work.output)
     work.remove()
+
+
+def write_split(outcome: Outcome, numbers: np.ndarray, work: Workplace, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as metadata:
+        for number in numbers[np.argsort(outcome.records["pixels"][numbers])]:
+            file, pixels = outcome.files[number], outcome.records["pixels"][number].decode()
+            entry = {
+                "file_name": f"{pixels}.png",
+                "source": printable(outcome.names[file.source]),
+                "original_name": printable(file.name),
+                "hash": pixels,
+            }
+            metadata.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            if not (folder / entry["file_name"]).exists():  # moved before an earlier run was stopped
+                os.replace(work.pictures / entry["file_name"], folder / entry["file_name"])
 
 
 if __name__ == "__main__":

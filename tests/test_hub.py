@@ -517,13 +517,11 @@ def test_a_failed_push_loses_nothing(
         assert len(last) == 1 and reason in last[0] and "Traceback" not in lines, lines
         print(last[0])
     assert contents(folder) == before
-    for key, files in there.items():
-        assert files.items() <= dict(server.files(key[1])).items()  # nor was anything on the Hub touched
-    assert WEIGHTS not in server.files("user/faces") if ("model", "user/faces") in server.repos else True
-
-    # the command that the message names is this very program, and works once the cause is gone
-    later = shlex.split(of_the_run.rpartition("push it later with: ")[2])
-    assert later[:3] == ["python", "-m", "animeface_pipeline.hub"]
+    for key, files in there.items():  # nor was anything on the Hub touched
+        assert files.items() <= server.files(key[1]).items()
+    assert ("model", "user/faces") not in server.repos or WEIGHTS not in server.files("user/faces")
+    later = f"python -m animeface_pipeline.hub {folder.as_posix()} --hub_model_id user/faces --private"
+    assert of_the_run.endswith(f"All is saved; push it later with: {later}\n")
 
 
 def test_the_command_that_the_message_names_works(
@@ -549,10 +547,10 @@ def test_a_hub_that_does_not_answer_is_given_up(
     server: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hub, "HUB_TIMEOUT", 0.5)
-    server.fail("POST .*/commit/.*", status=None, delay=5)
+    server.fail("POST .*/commit/.*", status=None, delay=30)
     began = time.monotonic()
     assert push_or_explain(folder, "user/faces") == 3
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
     assert "ReadTimeout" in capsys.readouterr().err
 
 

@@ -171,6 +171,11 @@ def test_every_user_finds_his_lines(pipe: AnimeFacePipeline) -> None:
         assert re.search(rf"@\w+{{{entry},", text)
 
 
+def test_a_local_base_model_is_not_shown_as_one_on_the_hub(pipe: AnimeFacePipeline) -> None:
+    text = text_of(render_card(pipe, TrainingSummary(steps=1, base_model="quickstart")))
+    assert "| started from | quickstart |" in text and "base_model" not in front_matter(text)
+
+
 def test_converted_weights_are_not_given_a_licence_or_a_training(pipe: AnimeFacePipeline) -> None:
     text = text_of(render_card(pipe, TrainingSummary(converted_from="my.ckpt")))
     assert front_matter(text)["license"] == "other"

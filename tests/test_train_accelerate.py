@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from fake_hub import FakeHub
 from PIL import Image
 from safetensors.torch import load_file
 from trainer import PROGRAM, Trainer
@@ -211,6 +212,37 @@ def test_under_accelerate_launch(trainer: Trainer) -> None:
     printed, _ = refused.communicate(timeout=200)
     assert refused.returncode == 1 and "holds a run; add --resume_from_checkpoint latest" in printed
     assert "Traceback" not in printed
+
+
+def test_the_pipeline_is_pushed_at_the_end_and_a_failure_costs_nothing_but_the_push(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    flags = ["--max_train_steps", 2, "--push_to_hub", "--hub_model_id", "user/faces", "--hub_private_repo"]
+    with FakeHub() as hub:
+        env = hub.env(tmp_path / "hf_home")
+        ran = trainer.start(*flags, **env)
+        printed, _ = ran.communicate(timeout=200)
+        assert ran.returncode == 0, printed
+        pushed = set(hub.files("user/faces"))
+        assert {"README.md", "assets/samples.png", "assets/loss_curve.png", "unet/unet_animeface.py"} <= pushed
+        assert not any("checkpoint" in name or "log" in name or name == "run.json" for name in pushed)
+        assert hub.repo("user/faces").private
+        card = hub.files("user/faces")["README.md"].decode()
+        assert "user/faces" in card and "10" in card and str(tmp_path) not in card
+
+        hub.fail("POST .*/commit/.*", status=403)
+        ran = trainer.start("--output_dir", tmp_path / "second", *flags, **env)
+        printed, _ = ran.communicate(timeout=200)
+    assert ran.returncode == 3, printed
+    assert "python -m animeface_pipeline.hub" in printed.splitlines()[-1] and "Traceback" not in printed
+    assert AnimeFacePipeline.from_pretrained(tmp_path / "second").unet.config.sample_size == 16
+
+
+def test_a_name_that_the_hub_would_refuse_is_refused_before_training(
+    trainer: Trainer, capsys: pytest.CaptureFixture
+) -> None:
+    assert trainer("--push_to_hub", "--hub_model_id", "not a name") == 2
+    assert "--hub_model_id not a name" in capsys.readouterr().err and not trainer.output.exists()
 
 
 def test_help_reads_as_a_manual() -> None:
