@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .cli import EXIT_DONE, BadInput, OneLineParser, command
+from .files import write_aside
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import SCHEDULERS, switch_scheduler
@@ -229,16 +229,6 @@ def save_png(picture: Image.Image, file: Path, metadata: dict[str, Any] | None =
         info.add_text(name, value if isinstance(value, str) else json.dumps(value))
     picture.save(buffer, format="PNG", pnginfo=info)
     write_aside(file, buffer.getvalue())
-
-
-def write_aside(file: Path, content: bytes) -> None:
-    """Write beside `file` and rename, so that it is there whole or not at all."""
-    aside = file.with_name(f".{file.name}.part")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

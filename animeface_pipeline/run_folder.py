@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from .cli import BadInput
+from .files import write_aside
+from .hub import png
 from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
 
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
@@ -85,7 +87,7 @@ class RunFolder:
     def wrote(self, names: Iterable[str]) -> None:
         """Note files and folders (relative names) as ours."""
         self.manifest["wrote"] = sorted({*self.manifest["wrote"], *names})
-        write_aside(self.path / "run.json", json.dumps(self.manifest, indent=2) + "\n")
+        write_aside(self.path / "run.json", json.dumps(self.manifest, indent=2).encode())
 
     def _read_manifest(self) -> dict[str, Any] | None:
         try:
@@ -122,8 +124,7 @@ class RunFolder:
     def save_grid(self, grid: Image.Image, step: int) -> None:
         name = f"samples/step-{step:08d}.png"
         (self.path / "samples").mkdir(exist_ok=True)
-        grid.save(self.path / f"{name}.part", format="PNG")
-        os.replace(self.path / f"{name}.part", self.path / name)
+        write_aside(self.path / name, png(grid))
         self.wrote([name])
 
     def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes]) -> None:
@@ -148,7 +149,7 @@ class RunFolder:
                 sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
                 log = self.path / "log.jsonl"
                 state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
-                write_aside(aside / "checkpoint.json", json.dumps(state, indent=2) + "\n")
+                write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
                 shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
                 os.replace(aside, self.path / name)
                 self.wrote([name])
@@ -203,10 +204,3 @@ def _incomplete(folder: Path) -> str | None:
         if not file.is_file() or file.stat().st_size != size:
             return f"not a whole checkpoint, {name} is missing or truncated"
     return None
-
-
-def write_aside(file: Path, text: str) -> None:
-    """Write a small file so that it is either the old or the new one, whatever happens."""
-    aside = file.with_name(file.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from diffusers.utils import make_image_grid
 from PIL import Image
 
 from .cli import BadInput
 from .config import TrainingConfig
 from .dataset import Batch, Batches, load_pictures, stream_seed
+from .images import image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import original_scheduler, switch_scheduler
 from .unet_animeface import AnimeFaceUNet2DModel
@@ -257,11 +257,8 @@ def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> Image.Im
     sampler = AnimeFacePipeline(pipeline.unet, scheduler, pipeline.value_range)
     sampler.set_progress_bar_config(desc="sampling", leave=False)
     generators = [torch.Generator().manual_seed(config.seed + k) for k in range(config.eval_batch_size)]
-    images: list = sampler(config.eval_batch_size, generators, config.ddpm_num_inference_steps, return_dict=False)[0]
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    blank = Image.new("RGB", images[0].size, "white")
-    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
+    images = sampler(config.eval_batch_size, generators, config.ddpm_num_inference_steps, return_dict=False)[0]
+    return image_grid(images)
 
 
 def describe(

@@ -174,9 +174,9 @@ os.remove("trace")
 
 
 def run_fresh(code: str, cwd: Path, env: dict[str, str]) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-c", COMMON + code], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True
-    )
+    env = {**os.environ, **env, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums are split by thread
+    command = [sys.executable, "-c", COMMON + code]
+    ran = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stderr
 

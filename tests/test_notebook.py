@@ -12,7 +12,7 @@ from fake_hub import FakeHub
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
-SMALL = {"QUICKSTART_IMAGES": "64", "QUICKSTART_UPDATES": "4", "QUICKSTART_INFERENCE_STEPS": "20"}
+SMALL = {"QUICKSTART_IMAGES": "8", "QUICKSTART_UPDATES": "2", "QUICKSTART_INFERENCE_STEPS": "20"}
 
 
 def read_notebook() -> Any:
