@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.resources import files
@@ -57,6 +58,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
                 prefix = "error: " if isinstance(error, BadInput) else ""
                 print(prefix + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, Stopped) else EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     return run
 

@@ -198,6 +198,9 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         )
         if is_main_process:
             Path(save_directory, "unet_animeface.py").write_text(_SOURCE, encoding="utf-8")
+            mode = Path(save_directory, "config.json").stat().st_mode
+            for file in Path(save_directory).glob("*.safetensors"):
+                file.chmod(mode)  # safetensors makes them readable by their maker alone
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
