@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: threads that wait leave the cores to others
+
 import pytest
 import torch
 from reference import golden as golden_tensors

@@ -34,7 +34,12 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path: Path, monke
     notebook = read_notebook()
     with FakeHub() as hub:
         an_activated_environment = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        own = {"PATH": an_activated_environment, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        own = {
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores from other tests
+            "PATH": an_activated_environment,
+            "TMPDIR": str(tmp_path),
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
         for name, value in {**hub.env(tmp_path / "hf_home"), **own, **SMALL}.items():
             monkeypatch.setenv(name, value)
         client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
