@@ -62,7 +62,6 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = run('go on from a checkpoint: "latest", or a folder checkpoint-N')
     model_config_name_or_path: str | None = run("a JSON file of constructor arguments, a folder or a Hub name")
     pretrained_model_name_or_path: str | None = run("start from the weights of this pipeline (a folder or a Hub name)")
-    report_to: str = run("trackers of Accelerate, besides log.jsonl: none, all, tensorboard, wandb, trackio", "none")
     push_to_hub: bool = run("push the pipeline to the Hub at the end", False)
     hub_model_id: str | None = run("the name to push to, user/name (default: the name of output_dir)")
     hub_private_repo: bool = run("make a new repository on the Hub private", False)

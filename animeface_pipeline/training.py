@@ -33,6 +33,13 @@ def build_pipeline(config: TrainingConfig) -> AnimeFacePipeline:
 
     The network's size, the value range and the schedule of a saved pipeline take the place of the config's.
     """
+    pipeline = _new_or_saved_pipeline(config)
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline
+
+
+def _new_or_saved_pipeline(config: TrainingConfig) -> AnimeFacePipeline:
     if config.pretrained_model_name_or_path is not None:
         name = config.pretrained_model_name_or_path
         try:

@@ -162,5 +162,10 @@ def test_the_originals_recipe_builds_the_originals_network() -> None:
     with torch.device("meta"):
         pipeline = build_pipeline(config_of())
     assert sum(parameter.numel() for parameter in pipeline.unet.parameters()) == 168_885_955
-    assert pipeline.value_range == (0.0, 1.0)
+    assert pipeline.value_range == (0.0, 1.0) and not pipeline.unet.is_gradient_checkpointing
     assert pipeline.scheduler.to_json_string() == original_scheduler().to_json_string()
+
+
+def test_gradient_checkpointing_is_switched_on_by_its_flag() -> None:
+    with torch.device("meta"):
+        assert build_pipeline(config_of("--gradient_checkpointing")).unet.is_gradient_checkpointing
