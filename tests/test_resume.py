@@ -119,7 +119,7 @@ def kill_at_random(trainer: Trainer, output: Path, kills: int, seed: int) -> lis
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 120), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("kills", "steps"), [(3, 120), pytest.param(20, 1000, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
 def test_killed_at_random_moments(kills: int, steps: int, tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, steps, num_epochs=1000, save_images_epochs=1000, logging_steps=3)
