@@ -263,7 +263,8 @@ def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> Image.Im
     scheduler = switch_scheduler(pipeline.scheduler, config.eval_scheduler, config.ddpm_num_inference_steps)
     sampler = AnimeFacePipeline(pipeline.unet, scheduler, pipeline.value_range)
     sampler.set_progress_bar_config(desc="sampling", leave=False)
-    generators = [torch.Generator().manual_seed(config.seed + k) for k in range(config.eval_batch_size)]
+    seeds = (stream_seed(config.seed, "grid", k) for k in range(config.eval_batch_size))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images = sampler(config.eval_batch_size, generators, config.ddpm_num_inference_steps, return_dict=False)[0]
     return image_grid(images)
 
