@@ -52,6 +52,8 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             Residual blocks of a level on the way down; the way up has one more.
         norm_num_groups (`int`, *optional*, defaults to `32`): Groups of every normalisation but the output's (8).
         dropout (`float`, *optional*, defaults to `0.1`): Dropout inside the residual blocks, 0 <= dropout < 1.
+        attention_norm (`bool`, *optional*, defaults to `False`):
+            Whether self-attention normalises its input, as Ho et al. do and the original forgot to.
 
     Raises:
         `ValueError`: a config that cannot work; the message names the entry and the rule.
@@ -83,12 +85,18 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
         dropout: float = 0.1,
+        attention_norm: bool = False,
     ):
         super().__init__()
         _check_config(dict(self.config))
         widths = tuple(block_out_channels)
         temb_channels = 4 * widths[0]
-        shared: dict[str, Any] = {"temb_channels": temb_channels, "groups": norm_num_groups, "dropout": dropout}
+        shared: dict[str, Any] = {
+            "temb_channels": temb_channels,
+            "groups": norm_num_groups,
+            "dropout": dropout,
+            "attention_norm": attention_norm,
+        }
 
         # 1. time: sinusoids of the timestep, sines first (Vaswani et al. 2017, section 3.5), then two linear layers
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=False, downscale_freq_shift=0)
@@ -232,10 +240,16 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
 
 class ResnetBlocks2D(nn.Module):
-    """What the three kinds of block share: residual blocks, each followed by self-attention where the level has it."""
+    """What the three kinds of block share: residual blocks, and self-attentions of the given widths."""
 
     def __init__(
-        self, in_out: list[tuple[int, int]], attention: bool, temb_channels: int, groups: int, dropout: float
+        self,
+        in_out: list[tuple[int, int]],
+        attention_widths: list[int],
+        temb_channels: int,
+        groups: int,
+        dropout: float,
+        attention_norm: bool,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
@@ -251,7 +265,18 @@ class ResnetBlocks2D(nn.Module):
             )
             for in_width, out_width in in_out
         )
-        self.attentions = nn.ModuleList(self_attention(width) for _, width in in_out if attention)
+        # one head as wide as the channels; the original has a norm before it that it never applies
+        self.attentions = nn.ModuleList(
+            Attention(
+                width,
+                heads=1,
+                dim_head=width,
+                bias=True,
+                residual_connection=True,
+                norm_num_groups=groups if attention_norm else None,
+            )
+            for width in attention_widths
+        )
 
     def run(self, layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
         """Call `layer`, keeping its activations or (with gradient checkpointing) making them again when needed."""
@@ -260,16 +285,11 @@ class ResnetBlocks2D(nn.Module):
         return layer(*args)
 
 
-def self_attention(width: int) -> Attention:
-    """One head as wide as the channels, without the norm that the original has but never applies."""
-    return Attention(width, heads=1, dim_head=width, bias=True, residual_connection=True)
-
-
 class DownBlock2D(ResnetBlocks2D):
     """A level on the way down: residual blocks, then a strided convolution except on the last level."""
 
     def __init__(self, in_out: list[tuple[int, int]], attention: bool, downsample: bool, **kwargs: Any) -> None:
-        super().__init__(in_out, attention, **kwargs)
+        super().__init__(in_out, [width for _, width in in_out if attention], **kwargs)
         width = in_out[-1][1]
         self.downsamplers = nn.ModuleList([Downsample2D(width, use_conv=True, name="op")] if downsample else [])
 
@@ -290,8 +310,7 @@ class MidBlock2D(ResnetBlocks2D):
     """The deepest block: residual, attention, residual."""
 
     def __init__(self, in_out: list[tuple[int, int]], attention: bool, **kwargs: Any) -> None:
-        super().__init__(in_out, False, **kwargs)
-        self.attentions = nn.ModuleList([self_attention(in_out[0][1])] if attention else [])
+        super().__init__(in_out, [in_out[0][1]] if attention else [], **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         hidden_states = self.run(self.resnets[0], hidden_states, temb)
@@ -304,7 +323,7 @@ class UpBlock2D(ResnetBlocks2D):
     """A level on the way up: residual blocks, each fed a skip, then a transposed convolution except on the last."""
 
     def __init__(self, in_out: list[tuple[int, int]], attention: bool, upsample: bool, **kwargs: Any) -> None:
-        super().__init__(in_out, attention, **kwargs)
+        super().__init__(in_out, [width for _, width in in_out if attention], **kwargs)
         width = in_out[-1][1]
         self.upsamplers = nn.ModuleList([Upsample2D(width, use_conv_transpose=True)] if upsample else [])
 
@@ -373,3 +392,4 @@ def _check_config(config: Mapping[str, Any]) -> None:
     dropout = config["dropout"]
     is_share = isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout < 1
     require(is_share, "dropout", "must be a number with 0 <= dropout < 1")
+    require(isinstance(config["attention_norm"], bool), "attention_norm", "must be true or false")
