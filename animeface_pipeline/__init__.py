@@ -8,13 +8,26 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .img2img_animeface import AnimeFaceImg2ImgPipeline
+    from .inpaint_animeface import AnimeFaceInpaintPipeline
     from .pipeline_animeface import AnimeFacePipeline
     from .unet_animeface import AnimeFaceUNet2DModel
 
 __version__ = version("animeface-pipeline")
-__all__ = ["AnimeFacePipeline", "AnimeFaceUNet2DModel", "__version__"]
+__all__ = [
+    "AnimeFaceImg2ImgPipeline",
+    "AnimeFaceInpaintPipeline",
+    "AnimeFacePipeline",
+    "AnimeFaceUNet2DModel",
+    "__version__",
+]
 
-_MODULES = {"AnimeFacePipeline": "pipeline_animeface", "AnimeFaceUNet2DModel": "unet_animeface"}
+_MODULES = {
+    "AnimeFaceImg2ImgPipeline": "img2img_animeface",
+    "AnimeFaceInpaintPipeline": "inpaint_animeface",
+    "AnimeFacePipeline": "pipeline_animeface",
+    "AnimeFaceUNet2DModel": "unet_animeface",
+}
 
 
 def __getattr__(name: str) -> Any:

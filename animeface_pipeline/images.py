@@ -58,11 +58,11 @@ def denoising_strips(
     Draw faces as `pipe(**kwargs)` does, and keep a strip of the stages that each one went through.
 
     Args:
-        pipe ([`AnimeFacePipeline`]): The pipeline.
+        pipe ([`AnimeFacePipeline`]): The pipeline, or one for another task.
         num_stages (`int`, *optional*, defaults to `20`):
             How many stages, evenly spaced over the denoising steps and ending with the finished image; with fewer
             steps than that, every step is one.
-        kwargs (*optional*): Arguments of [`AnimeFacePipeline.__call__`], e.g. `batch_size` and `generator`.
+        kwargs (*optional*): Arguments of its `__call__`, e.g. `batch_size` and `generator`.
 
     Returns:
         `tuple`: the images, of the kind that `output_type` says, and one strip (`PIL.Image.Image`) for each, noise on
@@ -88,8 +88,7 @@ def denoising_strips(
     stages: list[list[Image.Image]] = []
 
     def keep_stage(pipe: AnimeFacePipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        num_steps = len(pipe.scheduler.timesteps)
-        if (step + 1) * num_stages // num_steps > step * num_stages // num_steps:
+        if (step + 1) * num_stages // pipe.num_timesteps > step * num_stages // pipe.num_timesteps:
             stages.append(pipe.decode(tensors["sample"]))
         return {}
 

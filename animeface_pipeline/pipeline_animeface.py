@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
@@ -28,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from PIL import Image, ImageOps
 
 logger = logging.get_logger(__name__)
 
@@ -134,6 +136,40 @@ class AnimeFacePipeline(DiffusionPipeline):
         """What another pipeline needs to share this one's network: `Other(**pipe.components)`, range included."""
         return {**super().components, "value_range": self.value_range}
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        r"""
+        Make a pipeline of this class that shares another one's network, scheduler and value range.
+
+        Diffusers' own casts what is shared to float32 for both; here the network stays as it is.
+
+        Args:
+            pipeline ([`AnimeFacePipeline`]): That one, or one for another task.
+            unet, scheduler, value_range (*optional*): Take the place of what `pipeline` has.
+
+        Raises:
+            `ValueError`: another kind of pipeline, or an argument that is not one of the three.
+
+        Example:
+
+        ```py
+        >>> from animeface_pipeline import AnimeFaceImg2ImgPipeline
+
+        >>> edit = AnimeFaceImg2ImgPipeline.from_pipe(pipe)
+        ```
+        """
+        names = {"unet", "scheduler", "value_range"}
+        if set(pipeline.components) != names:
+            raise ValueError(f"{type(pipeline).__name__} has not the components of an AnimeFacePipeline")
+        if unknown := sorted(set(kwargs) - names):
+            raise ValueError(f"from_pipe takes unet, scheduler and value_range, not {', '.join(unknown)}")
+        return cls(**{**pipeline.components, **kwargs})
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the call that runs, or the last one, takes."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -184,29 +220,99 @@ class AnimeFacePipeline(DiffusionPipeline):
         ```
         """
         self._check_inputs(batch_size, generator, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
-        device, scheduler, config = self._execution_device, self.scheduler, self.unet.config
+        config = self.unet.config
 
         # 1. prepare: x_T ~ N(0, I), always in float32, so that a half-precision network gets the same noise
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-        sample = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        sample = sample * scheduler.init_noise_sigma
-        accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if accepts_generator else {}
+        noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
 
-        # 2. loop: the network predicts in its own precision, the scheduler steps in float32
-        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            model_input = scheduler.scale_model_input(sample, timestep).to(self.unet.dtype)
-            prediction = self.unet(model_input, timestep, return_dict=False)[0].float()
-            sample = scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
-            if callback_on_step_end is not None:
-                tensors = {name: sample for name in callback_on_step_end_tensor_inputs}
-                sample = (callback_on_step_end(self, step, timestep, tensors) or {}).get("sample", sample)
+        # 2. loop
+        sample = self.denoise(
+            noise * self.scheduler.init_noise_sigma,
+            self.scheduler.timesteps,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
 
         # 3. decode
         images = self.decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["sample"],
+    ) -> torch.Tensor:
+        r"""
+        The loop of every task: one step of the scheduler for each timestep.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+                Where it starts, at the noise level of the first timestep, in float32.
+            timesteps (`torch.Tensor` of shape `(steps,)`): The scheduler's own, or the last ones of them.
+            generator, callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*):
+                As in [`~AnimeFacePipeline.__call__`].
+
+        Returns:
+            `torch.Tensor` of the sample's shape: the clean sample, for [`~AnimeFacePipeline.decode`].
+        """
+        self._num_timesteps = len(timesteps)
+        for step, timestep in enumerate(self.progress_bar(timesteps)):
+            sample = self.denoise_step(sample, timestep, generator)
+            if callback_on_step_end is not None:
+                tensors = {name: sample for name in callback_on_step_end_tensor_inputs}
+                sample = (callback_on_step_end(self, step, timestep, tensors) or {}).get("sample", sample)
+        return sample
+
+    def denoise_step(
+        self, sample: torch.Tensor, timestep: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """x_t → x_{t-1}: the network predicts in its own precision, the scheduler steps in float32."""
+        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if accepts_generator else {}
+        model_input = self.scheduler.scale_model_input(sample, timestep).to(self.unet.dtype)
+        prediction = self.unet(model_input, timestep, return_dict=False)[0].float()
+        return self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
+
+    def preprocess(self, image: Any) -> torch.Tensor:
+        r"""
+        Turn images of any kind into a tensor of the network's size.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of these):
+                Pictures of any size and mode, which are cropped to a centred square and resized; arrays
+                `(batch_size, height, width, 3)` or tensors `(batch_size, 3, height, width)` of the network's size with
+                values in [0, 1]; the first dimension may be missing.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, 3, height, width)`: the images in float32, with values in [0, 1].
+
+        Raises:
+            `ValueError`: no image, another kind of input, another size or other values.
+        """
+        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        if isinstance(image, (list, tuple)) and not image:
+            raise ValueError("image: an empty list")
+        processor = VaeImageProcessor(do_resize=False, vae_scale_factor=1, do_normalize=False)
+        tensor = processor.preprocess(fit_pictures(image, size, "RGB"))
+        if tensor.shape[1:] != (channels, size, size):
+            expected = f"(batch_size, {channels}, {size}, {size})"
+            raise ValueError(f"image has the shape {tuple(tensor.shape)}: expected {expected}")
+        if not tensor.is_floating_point() or not (tensor.min() >= 0 and tensor.max() <= 1):
+            raise ValueError("image: arrays and tensors must hold floats in [0, 1]; divide whole numbers by 255")
+        return tensor.to(self._execution_device, torch.float32)
+
+    def encode(self, image: Any) -> torch.Tensor:
+        """Images as in [`~AnimeFacePipeline.preprocess`] → clean samples, with values in `value_range`."""
+        low, high = self.value_range
+        return self.preprocess(image) * (high - low) + low
 
     def decode(self, sample: torch.Tensor, output_type: str = "pil") -> Any:
         r"""
@@ -220,7 +326,10 @@ class AnimeFacePipeline(DiffusionPipeline):
             `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: the images, clamped to [0, 1] before conversion.
         """
         low, high = self.value_range
-        images = ((sample - low) / (high - low)).clamp(0, 1)
+        return self.convert_images(((sample - low) / (high - low)).clamp(0, 1), output_type)
+
+    def convert_images(self, images: torch.Tensor, output_type: str) -> Any:
+        """Images `(batch_size, 3, height, width)` with values in [0, 1] → images of the kind `output_type`."""
         if output_type == "pt":
             return images
         array = images.cpu().permute(0, 2, 3, 1).float().numpy()
@@ -377,7 +486,8 @@ class AnimeFacePipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)
         unet_class = type(self.unet._orig_mod if is_compiled_module(self.unet) else self.unet)
         unet_file = unet_class.__module__.rpartition(".")[2]
-        index["_class_name"] = ["pipeline_animeface", type(self).__name__]
+        # Pipelines for other tasks have the same components: they save themselves as this one, whose file goes along.
+        index["_class_name"] = ["pipeline_animeface", "AnimeFacePipeline"]
         index["unet"] = [unet_file, unet_class.__name__]
         index["auto_map"] = {"AutoModel": f"{unet_file}.{unet_class.__name__}"}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -412,6 +522,16 @@ class AnimeFacePipeline(DiffusionPipeline):
             return importlib.import_module("animeface_pipeline.hub").render_card(self)
         except ImportError:
             return {"README.md": sign_card(MINIMAL_CARD)}
+
+
+def fit_pictures(image: Any, size: int, mode: str) -> Any:
+    """Pictures in `mode`, of those of another size the centred square, resized; arrays and tensors as they are."""
+    if isinstance(image, Image.Image):
+        picture = image.convert(mode)
+        return (
+            picture if picture.size == (size, size) else ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        )
+    return [fit_pictures(entry, size, mode) for entry in image] if isinstance(image, (list, tuple)) else image
 
 
 def _unet_class(pipeline_class: Any) -> Any:
