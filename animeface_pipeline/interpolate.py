@@ -130,7 +130,7 @@ def invert(
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r}: must be at least 1")
-    config = pipe.scheduler.config
+    config = {name: value for name, value in pipe.scheduler.config.items() if name != "variance_type"}
     # Left to itself it divides by the noise of the clean picture, zero, where the network predicts the picture.
     scheduler = DDIMInverseScheduler.from_config(
         config, prediction_type="epsilon", timestep_spacing="trailing", clip_sample=False
@@ -142,7 +142,7 @@ def invert(
         for _ in range(num_iterations):
             prediction = pipe.unet(end.to(pipe.unet.dtype), timestep, return_dict=False)[0].float()
             alpha_bar = scheduler.alphas_cumprod[timestep.cpu()].to(end.device)
-            noise = _as_noise(config.prediction_type, prediction, end, alpha_bar)
+            noise = _as_noise(pipe.scheduler.config.prediction_type, prediction, end, alpha_bar)
             end = scheduler.step(noise, timestep, sample).prev_sample
         sample = end
     return sample
