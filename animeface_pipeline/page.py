@@ -395,8 +395,12 @@ def build_page(pipe: AnimeFacePipeline, model: str, folder: Path) -> gr.Blocks:
         edit.click(on_edit, [edited, strength, *settings], api_name="edit", **run)
         dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
 
-        # 2. looking at the result, and picking a face: answered at once
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        # 2. looking at the result, and picking a face: whatever is running, answered at once
+        at_once: dict[str, Any] = {
+            "concurrency_limit": None,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
 
         def on_stage(number: int, drawn: Drawn | None) -> Any:
             return drawn.stages[min(number, len(drawn.stages)) - 1] if drawn else gr.skip()
