@@ -8,7 +8,7 @@ as the browser prefers. Only this machine can open it, unless --server_name says
 reach it). Requests wait in a queue for their turn; uploads and results are in a temporary folder that goes with the
 page.
 
-As a Hugging Face Space: this file as app.py, a requirements.txt with `animeface-pipeline[demo]`, and a variable
+As a Hugging Face Space: this file as app.py, a requirements.txt that installs this package with [demo], and a variable
 ANIMEFACE_MODEL with the model's name on the Hub.
 """
 

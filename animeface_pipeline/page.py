@@ -41,6 +41,7 @@ CSS = """
 .pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 #faces .grid-wrap { height: auto; min-height: 0; max-height: none; overflow: hidden; }
 #faces .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; height: auto; }
+#faces .grid-container button { aspect-ratio: 1; height: auto; }
 @media (max-width: 640px) { .gradio-container > main { padding: 0.75rem !important; } }
 """
 LAUNCH = {

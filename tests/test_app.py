@@ -1,4 +1,6 @@
 import json
+import runpy
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -68,7 +70,15 @@ def test_bad_input_is_one_line(
     assert 'pip install "animeface-pipeline[demo]"' in error and error.count("\n") == 1
 
 
-def test_a_space_names_its_model_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_space_runs_the_file_alone_and_names_its_model_in_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANIMEFACE_MODEL", str(tmp_path / "nothing"))
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(shutil.copy(app.__file__, tmp_path / "app.py")), run_name="__main__")
+    assert exit.value.code == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
     monkeypatch.setenv("ANIMEFACE_MODEL", "user/faces")
     assert app.parse_args([]).model == "user/faces"
     assert app.parse_args(["other"]).model == "other"

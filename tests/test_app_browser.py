@@ -23,7 +23,7 @@ from animeface_pipeline.page_text import AREAS, CHINESE, ENGLISH, MESSAGES
 from animeface_pipeline.schedulers import original_scheduler
 
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
