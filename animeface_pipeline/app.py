@@ -53,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def serve(args: argparse.Namespace, folder: Path) -> None:
     """Load the model and answer until Ctrl-C."""
+    from PIL import Image
+
     from animeface_pipeline.generate import load_pipeline
     from animeface_pipeline.page import LAUNCH, build_page
+    from animeface_pipeline.picture_rules import MAX_PIXELS
 
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many: for what Gradio itself decodes
     pipe = load_pipeline(args)
     pipe.set_progress_bar_config(disable=True)
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model

@@ -425,8 +425,7 @@ def build_page(pipe: AnimeFacePipeline, model: str, folder: Path) -> gr.Blocks:
 
             def on_take(drawn: Drawn | None, request: gr.Request, tab: str = tab, view: Any = view) -> tuple:
                 with spoken(request):
-                    result: Drawn = need(drawn, "nothing-picked")
-                    picture = Image.open(result.faces[result.picked]).convert("RGB")
+                    picture = open_picked(drawn)
                 return picture, view(picture), gr.Tabs(selected=tab)
 
             def on_upload(path: str, request: gr.Request, view: Any = view) -> tuple:
@@ -484,6 +483,13 @@ def spoken(request: gr.Request | None) -> Iterator[None]:
         raise gr.Error(message(refused.key, language, **refused.values), print_exception=False) from None
     except ValueError as error:
         raise gr.Error(message("refused", language, error=error), print_exception=False) from None
+
+
+def open_picked(drawn: Drawn | None) -> Image.Image:
+    """The picked face, unless none was drawn within the hour."""
+    if drawn is None or not drawn.faces[drawn.picked].exists():
+        raise Refused("nothing-picked")
+    return Image.open(drawn.faces[drawn.picked]).convert("RGB")
 
 
 def need(value: Any, key: str) -> Any:

@@ -15,7 +15,17 @@ from gradio_client import Client
 from PIL import Image
 
 from animeface_pipeline import AnimeFacePipeline, __version__, app, page
-from animeface_pipeline.page import Drawn, Refused, Tasks, build_page, canvas_of, mask_of, read_upload, spoken
+from animeface_pipeline.page import (
+    Drawn,
+    Refused,
+    Tasks,
+    build_page,
+    canvas_of,
+    mask_of,
+    open_picked,
+    read_upload,
+    spoken,
+)
 from animeface_pipeline.page_text import AREAS, CHINESE, ENGLISH, MESSAGES, message
 from animeface_pipeline.schedulers import SCHEDULERS, original_scheduler, switch_scheduler
 
@@ -149,9 +159,13 @@ def test_files_are_forgotten_after_an_hour(tasks: Tasks, monkeypatch: pytest.Mon
     _, first = finish(tasks.draw(0, "ddim", 1, 1))
     _, second = finish(tasks.draw(0, "ddim", 1, 1))
     assert first.strip.exists() and second.strip.exists()
+    assert open_picked(first).size == (16, 16)
     monkeypatch.setattr(page, "KEPT_FOR", -1)
     finish(tasks.draw(0, "ddim", 1, 1))
     assert not first.strip.exists() and not second.strip.exists()
+    for drawn in (first, None):
+        with pytest.raises(Refused, match="nothing-picked"):
+            open_picked(drawn)
 
 
 # ---- what goes in ----

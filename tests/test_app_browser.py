@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_unet
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
@@ -389,8 +391,11 @@ def test_by_keyboard_alone(visit: Callable[..., Visitor], tmp_path: Path) -> Non
     page.wait_for_timeout(1500)
     tab_to(ENGLISH["area"], "Shift+Tab")
     keyboard.type("lower")
+    expect(page.get_by_role("option", name="lower half 下半")).to_be_visible()
+    expect(page.get_by_role("option", name="upper half 上半")).to_be_hidden()
     keyboard.press("ArrowDown")
     keyboard.press("Enter")
+    expect(page.get_by_role("combobox", name=ENGLISH["area"])).to_have_value("lower half 下半")
     tab_to(ENGLISH["redo"])
     visitor.run(lambda: keyboard.press("Enter"), 2)
     face = pixels(visitor.download("save_face", tmp_path))
@@ -409,6 +414,17 @@ def test_eight_visitors_at_once_and_none_waits_for_ever(visit: Callable[..., Vis
         visitor.page.wait_for_function("document.querySelectorAll('#faces img').length == 1", timeout=PATIENCE)
         expect(visitor.button("save_face")).to_be_enabled(timeout=PATIENCE)
         assert visitor.seed_of_picked(tmp_path) == str(100 + number)
+
+
+def test_a_program_cannot_paint_with_a_bomb(server: str, tmp_path: Path) -> None:
+    Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")
+    painted = {"background": None, "layers": [handle_file(tmp_path / "bomb.png")], "composite": None}
+    client = Client(server, verbose=False)
+    with pytest.raises(AppError):
+        client.predict(painted, next(iter(AREAS)), 1, 0, "ddim", 5, 1, api_name="/redo")
+    harmless = {"background": None, "layers": [handle_file(noise_picture(tmp_path / "dots.png"))], "composite": None}
+    with pytest.raises(AppError, match="Choose a picture first"):
+        client.predict(harmless, next(iter(AREAS)), 1, 0, "ddim", 5, 1, api_name="/redo")
 
 
 def test_every_area_has_a_name_in_both_languages() -> None:
