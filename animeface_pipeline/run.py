@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from .hub import (
 )
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
-from .training import Meter, averaged_weights, sample_grid, unused_gpu
+from .training import EMA, Meter, averaged_weights, sample_grid, unused_gpu, with_weights
 
 MAX_SKIPPED_IN_A_ROW = 50  # fp16 skips its first updates while it looks for a loss scale
 
@@ -105,7 +104,7 @@ class Run:
         pipeline: AnimeFacePipeline,
         unet: torch.nn.Module,
         lr_scheduler: Any,
-        ema: EMAModel | None,
+        ema: EMA | None,
         batches: Batches,
         total_steps: int,
     ) -> None:
@@ -124,8 +123,6 @@ class Run:
         which = self.config.resume_from_checkpoint
         if which is not None:
             self.first_step = self.folder.resume(which)
-            if self.ema is not None:
-                self.ema.to(self.accelerator.device)  # Accelerate loads it to the CPU
         if self.accelerator.is_main_process:
             self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir and which is None)
         self.accelerator.wait_for_everyone()
@@ -216,8 +213,10 @@ class Run:
         if self.last_grid is None:  # resumed after the last update
             self.draw(self.total_steps)
         with averaged_weights(self.unet, self.ema):
+            weights = self.accelerator.get_state_dict(self.unet)  # of all processes, if they share them out
             if self.accelerator.is_main_process:
-                self.folder.save_pipeline(self.pipeline, render_card(self.pipeline, self.summary(), self.last_grid))
+                pipeline = with_weights(self.pipeline, weights)
+                self.folder.save_pipeline(pipeline, render_card(pipeline, self.summary(), self.last_grid))
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"the pipeline is in {self.folder.path}")
         if not self.config.push_to_hub or not self.accelerator.is_main_process:

@@ -16,6 +16,8 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .cli import BadInput
 from .config import TrainingConfig
@@ -129,17 +131,39 @@ def build_optimizer(
     return optimizer, lr_scheduler
 
 
-def build_ema(config: TrainingConfig, unet: torch.nn.Module) -> EMAModel | None:
+class EMA(EMAModel):
+    """Diffusers' moving average of the weights, saved whole and loaded in place, also when they are sharded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "shadow_params": [whole(tensor) for tensor in self.shadow_params]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        in_place = self.shadow_params  # on their device, sharded as the weights are
+        super().load_state_dict(state_dict)
+        for tensor, loaded in zip(in_place, self.shadow_params):
+            loaded = loaded.to(tensor.device)
+            if isinstance(tensor, DTensor):
+                loaded = distribute_tensor(loaded, tensor.device_mesh, tensor.placements)
+            tensor.copy_(loaded)
+        self.shadow_params = in_place
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or (on all processes together) what its shards make up."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def build_ema(config: TrainingConfig, unet: torch.nn.Module) -> EMA | None:
     """The moving average of the weights, if the config wants one."""
     if not config.use_ema:
         return None
-    return EMAModel(
+    return EMA(
         unet.parameters(),
         decay=config.ema_max_decay,
         use_ema_warmup=True,
         inv_gamma=config.ema_inv_gamma,
         power=config.ema_power,
-        foreach=True,
+        foreach=not any(isinstance(tensor, DTensor) for tensor in unet.parameters()),  # there it lacks a copy
     )
 
 
@@ -196,7 +220,7 @@ def update(
         optimizer.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return grad_norm.detach()
+    return whole(grad_norm.detach())
 
 
 class Meter:
@@ -244,7 +268,7 @@ class Meter:
 
 
 @contextmanager
-def averaged_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+def averaged_weights(unet: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
     """Within, the network holds the averaged weights (if any) and is in eval mode; after, it is as it was."""
     unet.eval()
     if ema is not None:
@@ -253,9 +277,20 @@ def averaged_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[No
     try:
         yield
     finally:
+        for module in unet.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # some weights stay whole after a forward pass
         if ema is not None:
             ema.restore(unet.parameters())
         unet.train()
+
+
+def with_weights(pipeline: AnimeFacePipeline, weights: dict[str, torch.Tensor]) -> AnimeFacePipeline:
+    """The pipeline around a network of its own that holds these very tensors."""
+    with torch.device("meta"):
+        unet = AnimeFaceUNet2DModel.from_config(pipeline.unet.config)
+    unet.load_state_dict(weights, assign=True)
+    return AnimeFacePipeline(unet.eval(), pipeline.scheduler, pipeline.value_range)
 
 
 def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> Image.Image:
