@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .cli import BadInput
 from .config import TrainingConfig
 from .dataset import Batch, Batches, load_pictures, stream_seed
-from .images import image_grid
+from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import original_scheduler, switch_scheduler
 from .unet_animeface import AnimeFaceUNet2DModel
@@ -85,15 +86,7 @@ def _read_network_config(name_or_path: str) -> dict[str, Any]:
 
 def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_scheduler: DDPMScheduler) -> Batches:
     """Decode the pictures once on each machine, put them on the GPU if they take less than a quarter of its memory."""
-    with accelerator.local_main_process_first():
-        pictures = load_pictures(
-            config.train_data_dir,
-            config.dataset_name,
-            config.dataset_config_name,
-            resolution=config.resolution,
-            cache_dir=config.cache_dir,
-            show_progress=accelerator.is_local_main_process,
-        )
+    pictures = load_split(config, accelerator, "train")
     if accelerator.device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
         pictures = pictures.to(accelerator.device)
     return Batches(
@@ -108,6 +101,20 @@ def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_schedu
         process_index=accelerator.process_index,
         device=accelerator.device,
     )
+
+
+def load_split(config: TrainingConfig, accelerator: Accelerator, split: str) -> torch.Tensor:
+    """The decoded pictures of a split; the first process of each machine decodes them for all."""
+    with accelerator.local_main_process_first():
+        return load_pictures(
+            config.train_data_dir,
+            config.dataset_name,
+            config.dataset_config_name,
+            split=split,
+            resolution=config.resolution,
+            cache_dir=config.cache_dir,
+            show_progress=accelerator.is_local_main_process,
+        )
 
 
 def build_optimizer(
@@ -133,6 +140,8 @@ def build_optimizer(
 
 class EMA(EMAModel):
     """Diffusers' moving average of the weights, saved whole and loaded in place, also when they are sharded."""
+
+    shadow_params: list[torch.Tensor]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "shadow_params": [whole(tensor) for tensor in self.shadow_params]}
@@ -293,15 +302,20 @@ def with_weights(pipeline: AnimeFacePipeline, weights: dict[str, torch.Tensor]) 
     return AnimeFacePipeline(unet.eval(), pipeline.scheduler, pipeline.value_range)
 
 
-def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> Image.Image:
-    """`eval_batch_size` pictures from the same noise every time, as a grid in true colours."""
+def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> tuple[Image.Image, Image.Image]:
+    """Pictures from the same noise every time, in true colours: as a grid, and how each came about."""
     scheduler = switch_scheduler(pipeline.scheduler, config.eval_scheduler, config.ddpm_num_inference_steps)
     sampler = AnimeFacePipeline(pipeline.unet, scheduler, pipeline.value_range)
     sampler.set_progress_bar_config(desc="sampling", leave=False)
     seeds = (stream_seed(config.seed, "grid", k) for k in range(config.eval_batch_size))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = sampler(config.eval_batch_size, generators, config.ddpm_num_inference_steps, return_dict=False)[0]
-    return image_grid(images)
+    images, strips = denoising_strips(
+        sampler,
+        batch_size=config.eval_batch_size,
+        generator=generators,
+        num_inference_steps=config.ddpm_num_inference_steps,
+    )
+    return image_grid(images), image_grid(strips, columns=1)
 
 
 def describe(
@@ -320,6 +334,12 @@ def describe(
         "recipe": f"{config.config}, learning rate {config.learning_rate:g}, EMA {'on' if config.use_ema else 'off'}",
     }
     return "\n".join(f"  {key + ':':10}{value}" for key, value in lines.items())
+
+
+def memory_gib(device: torch.device) -> float:
+    """What the GPU held at most until now, or (on a CPU) what this process holds now, in GiB."""
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return round(held / 2**30, 3)
 
 
 def unused_gpu() -> str | None:

@@ -1,6 +1,6 @@
-"""train_accelerate.py with FSDP2 over CPU processes: Accelerate shards on GPUs only, so it is told that these are some.
+"""train_accelerate.py with FSDP2 over CPU processes: Accelerate shards on GPUs only, so it is told there are some.
 
-    accelerate launch --config_file accelerate_configs/fsdp2.yaml tests/fsdp_on_cpu.py ...
+accelerate launch --config_file accelerate_configs/fsdp2.yaml tests/fsdp_on_cpu.py ...
 """
 
 import sys

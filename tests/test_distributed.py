@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from trainer import TINY_RECIPE, Trainer
+from trainer import TINY_RECIPE, Trainer, make_faces
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -32,6 +32,7 @@ def assert_close_logs(one: list[dict], two: list[dict]) -> None:
     for first, second in zip(one, two):
         for key in ("loss", "grad_norm", "learning_rate", "epoch"):
             assert first[key] == pytest.approx(second[key], rel=1e-5), (first["step"], key)
+        assert first.get("validation_loss") == pytest.approx(second.get("validation_loss"), rel=1e-4)
         assert first["loss_by_quartile"] == pytest.approx(second["loss_by_quartile"], abs=2e-6)
 
 
@@ -40,9 +41,14 @@ def test_two_processes_against_one_and_against_themselves_resumed(how: str, tmp_
     unet = {**TINY_RECIPE["unet"], "dropout": 0.0}  # dropout masks are drawn by each process for itself
     trainer = Trainer(tmp_path, unet=unet, max_train_steps=6, train_batch_size=2)
     alone, two, resumed = tmp_path / "alone", tmp_path / "two", tmp_path / "resumed"
+    trainer.faces.rename(tmp_path / "train")
+    trainer.faces.mkdir()
+    (tmp_path / "train").rename(trainer.faces / "train")
+    make_faces(trainer.faces / "validation", 4)
     assert trainer("--output_dir", alone, "--train_batch_size", 4) == 0
     printed = run(trainer, how, "--output_dir", two)
     assert printed.count("recipe:") == 1 and "2 × 1 CPU threads" in printed
+    assert "validation_loss_ema" in trainer.log(two)[-1]
     assert_close_logs(trainer.log(alone), trainer.log(two))
     # The weights may differ by a learning rate where the gradient is nothing but rounding: Adam takes its sign.
     grids = [np.asarray(Image.open(folder / "samples/step-00000006.png"), float) for folder in (alone, two)]
