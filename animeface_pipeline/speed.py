@@ -40,7 +40,7 @@ def prepare_for_training(unet: torch.nn.Module, config: TrainingConfig) -> None:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if config.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's hints
     if config.torch_compile is not None:
         unet.compile(mode=config.torch_compile, dynamic=False)
 
