@@ -12,6 +12,7 @@ With Inception for the network they are FID (Heusel et al. 2017, eq. 6) and KID 
 """
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import pickle
@@ -35,6 +36,15 @@ def need(module: str, package: str, extra: str) -> None:
         raise BadInput(f'the package {package} is missing: pip install "animeface-pipeline[{extra}]"')
 
 
+def torchmetrics_modules() -> tuple[Any, Any]:
+    """`torchmetrics.image.fid` and `.kid`, which import torch-fidelity if it is there, and that torchvision."""
+    need("torchmetrics", "torchmetrics", "eval")
+    try:
+        return importlib.import_module("torchmetrics.image.fid"), importlib.import_module("torchmetrics.image.kid")
+    except ImportError as error:
+        raise BadInput(f'torchmetrics cannot be used ({error}): pip install "animeface-pipeline[fid]"') from error
+
+
 def inception(feature_weights: Path | None = None) -> nn.Module:
     r"""
     The Inception network of FID and KID, from torch-fidelity: 2048 features of its last pooling layer.
@@ -49,13 +59,7 @@ def inception(feature_weights: Path | None = None) -> nn.Module:
         [`BadInput`]: the extra `fid` is not installed, the weights cannot be had or are not Inception's.
     """
     need("torch_fidelity", "torch-fidelity", "fid")
-    need("torchmetrics", "torchmetrics", "fid")
-    try:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-    except ImportError as error:  # torch-fidelity needs more than we do
-        raise BadInput(
-            f'torch-fidelity cannot be used here ({error}): pip install "animeface-pipeline[fid]"'
-        ) from error
+    fid, _ = torchmetrics_modules()
     if feature_weights is not None:
         try:  # torch-fidelity would run whatever code a pickle holds
             torch.load(feature_weights, map_location="meta", weights_only=True)
@@ -64,7 +68,7 @@ def inception(feature_weights: Path | None = None) -> nn.Module:
             raise BadInput(f"--feature_weights {feature_weights}: not a file of weights ({reason})") from error
     path = None if feature_weights is None else str(feature_weights)
     try:
-        return NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        return fid.NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     except OSError as error:  # of the download
         raise BadInput(
             f"Inception's weights cannot be downloaded ({error}); name a file of them with --feature_weights"
@@ -141,21 +145,18 @@ def feature_distances(
     Raises:
         [`BadInput`]: the extra `eval` is not installed, or fewer than two pictures.
     """
-    need("torchmetrics", "torchmetrics", "eval")
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
-
+    fid, kid = torchmetrics_modules()
     smallest = min(len(features), len(reference))
     if smallest < 2:
         raise BadInput(f"{smallest} pictures: a distance needs at least two on either side")
     given = nn.Identity()
     given.num_features = features.shape[1]  # type: ignore[assignment]
-    metrics: dict[str, Any] = {"frechet": FrechetInceptionDistance(feature=given).set_dtype(torch.float64)}
+    metrics: dict[str, Any] = {"frechet": fid.FrechetInceptionDistance(feature=given).set_dtype(torch.float64)}
     if kernel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it keeps the features: they are there anyway
             size = min(KERNEL_SUBSET_SIZE, smallest)
-            metrics["kernel"] = KernelInceptionDistance(given, subsets=KERNEL_SUBSETS, subset_size=size)
+            metrics["kernel"] = kid.KernelInceptionDistance(given, subsets=KERNEL_SUBSETS, subset_size=size)
     for metric in metrics.values():
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)

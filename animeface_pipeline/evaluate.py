@@ -35,7 +35,7 @@ from PIL import Image
 from . import __version__
 from .cli import EXIT_DONE, BadInput, OneLineParser, command
 from .dataset import default_cache, load_pictures
-from .distances import compute_features, feature_distances, inception, need, sha256_of
+from .distances import compute_features, feature_distances, inception, sha256_of, torchmetrics_modules
 from .files import write_aside
 from .generate import (
     add_sampling_arguments,
@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(arguments)
-    need("torchmetrics", "torchmetrics", "eval")
+    torchmetrics_modules()  # before anything is drawn
     inception_network = inception(args.feature_weights) if args.fid else None
     former = read_settings(args.output_dir)
     if args.num_images < ENOUGH_IMAGES:
