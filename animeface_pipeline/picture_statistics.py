@@ -134,12 +134,12 @@ def nearest(these: torch.Tensor, those: torch.Tensor, exclude_self: bool = False
     levels of pictures shrunk to 32 pixels, (N,), and which one it is, (N,).
     """
     few, many = thumbnails(these), thumbnails(those)
-    mirrored = many.view(-1, 3, *thumbnail_size(those)).flip(-1).flatten(1)
     norms = many.square().sum(dim=1)
     distances, places = [], []
     for start in tqdm(range(0, len(few), 256), "nearest neighbours", disable=None, leave=False):
         block = few[start : start + 256]
-        product = torch.maximum(block @ many.T, block @ mirrored.T)
+        mirrored = block.view(-1, 3, *thumbnail_size(these)).flip(-1).flatten(1)
+        product = torch.maximum(block @ many.T, mirrored @ many.T)
         squares = block.square().sum(dim=1, keepdim=True) + norms - 2 * product
         if exclude_self:
             rows = torch.arange(len(block))
