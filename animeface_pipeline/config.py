@@ -13,6 +13,7 @@ import yaml
 
 from .cli import BadInput, OneLineParser, resource
 from .schedulers import SCHEDULERS
+from .trackers import TRACKERS
 
 Rule = tuple[str, Callable[[Any], bool]]  # what must hold, in words and as a test
 
@@ -62,6 +63,7 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = run('go on from a checkpoint: "latest", or a folder checkpoint-N')
     model_config_name_or_path: str | None = run("a JSON file of constructor arguments, a folder or a Hub name")
     pretrained_model_name_or_path: str | None = run("start from the weights of this pipeline (a folder or a Hub name)")
+    report_to: str | None = run("report to a tracker, or none", None, one_of(*TRACKERS, "all"))
     push_to_hub: bool = run("push the pipeline to the Hub at the end", False)
     hub_model_id: str | None = run("the name to push to, user/name (default: the name of output_dir)")
     hub_private_repo: bool = run("make a new repository on the Hub private", False)
@@ -106,6 +108,7 @@ class TrainingConfig:
     eval_scheduler: str = recipe("the scheduler that draws the grids", one_of(*SCHEDULERS))
     ddpm_num_inference_steps: int = recipe("denoising steps of the grids", within(1, 1001))
     save_images_epochs: int = recipe("epochs between sample grids", at_least(1))
+    validation_steps: int = recipe("updates between losses on the held-out split, if there is one", at_least(1))
     logging_steps: int = recipe("updates between lines of the log", at_least(1))
     checkpointing_steps: int = recipe("updates between checkpoints", at_least(1))
     checkpoints_total_limit: int = recipe("how many checkpoints are kept", at_least(1))

@@ -28,6 +28,10 @@ CACHE_VERSION = 1  # counted up when the decoding below changes
 # ---- from files to a uint8 cache ----
 
 
+class NoSuchSplit(BadInput):
+    """There are pictures to train on, but none are held out under this name."""
+
+
 def load_pictures(
     train_data_dir: str | None = None,
     dataset_name: str | None = None,
@@ -44,7 +48,7 @@ def load_pictures(
         train_data_dir (`str`, *optional*): A folder; its folder `<split>/` if it has one, else all that is below it.
         dataset_name (`str`, *optional*): What `datasets.load_dataset` takes instead: a Hub name or a folder.
         dataset_config_name (`str`, *optional*): The configuration of the Hub data set.
-        split (`str`, *optional*, defaults to `"train"`): Which split.
+        split (`str`, *optional*, defaults to `"train"`): Which split; without such a split, `"train"` is all there is.
         resolution (`int`, *optional*, defaults to `64`): Height and width in pixels that pictures are fitted to.
         cache_dir (`str`, *optional*): Defaults to `animeface_pipeline` in the user's cache folder.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to show a bar while decoding.
@@ -54,7 +58,8 @@ def load_pictures(
         processes of one machine share it, and it need not fit into memory.
 
     Raises:
-        [`BadInput`]: no such folder or data set, no pictures in it, none that can be decoded.
+        [`BadInput`]: no such folder or data set, no pictures in it, none that can be decoded; as [`NoSuchSplit`]: the
+            split is not `"train"` and does not exist.
     """
     rows = _open_rows(train_data_dir, dataset_name, dataset_config_name, split)
     name = str(train_data_dir or dataset_name)
@@ -81,13 +86,18 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
         if folder is not None:
             if not Path(folder).is_dir():
                 raise BadInput(f"--train_data_dir {folder}: no such folder")
-            base = Path(folder, split) if Path(folder, split).is_dir() else Path(folder)
+            has_splits = Path(folder, "train").is_dir()
+            if split != "train" and not (has_splits and Path(folder, split).is_dir()):
+                raise NoSuchSplit(f"--train_data_dir {folder}: has no folders train and {split}")
+            base = Path(folder, split) if has_splits else Path(folder)
             # Named by us: left alone, `datasets` would take a file named test_1.png for the test split.
             loaded = datasets.load_dataset(
                 "imagefolder", data_files={split: f"{base.resolve()}/**"}, split=split, drop_labels=True
             )
         else:
             splits = datasets.load_dataset(dataset_name, config_name)
+            if split not in splits and split != "train":
+                raise NoSuchSplit(f"--dataset_name {dataset_name}: has no split {split}")
             loaded = splits[split] if split in splits else splits[next(iter(splits))]
     except BadInput:
         raise
@@ -237,7 +247,7 @@ class Batches:
         self.pictures = pictures
         self.train_batch_size = train_batch_size
         self.seed = seed
-        self.low, self.high = value_range
+        self.value_range = value_range
         self.random_flip = random_flip
         self.num_train_timesteps = num_train_timesteps
         self.num_processes, self.process_index = num_processes, process_index
@@ -258,7 +268,7 @@ class Batches:
         noise = torch.randn(self.total_batch_size, *shape, **options)[mine]
         clean = self._pictures_of(step, mine)
         clean = torch.where(flips.view(-1, 1, 1, 1), clean.flip(-1), clean)
-        clean = clean.float().div_(255).mul_(self.high - self.low).add_(self.low)
+        clean = to_value_range(clean, self.value_range)
         size = self.train_batch_size
         parts = zip(clean.split(size), noise.split(size), timesteps.split(size))
         return [Batch(*part, weight=len(part[0]) / len(clean)) for part in parts]
@@ -277,6 +287,12 @@ class Batches:
         start = step_in_epoch * self.total_batch_size
         rows = torch.from_numpy(self._order[1][start + mine.start : start + mine.stop])
         return self.pictures[rows.to(self.pictures.device)].to(self.device, non_blocking=True)
+
+
+def to_value_range(pictures: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """uint8 pictures as float32: 0 becomes the first number, 255 the second."""
+    low, high = value_range
+    return pictures.float().div_(255).mul_(high - low).add_(low)
 
 
 def stream_seed(seed: int, purpose: str, index: int) -> int:

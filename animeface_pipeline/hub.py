@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_session
@@ -32,6 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .cli import EXIT_DONE, EXIT_PUSH_FAILED, BadInput, OneLineParser, command, resource
+from .curves import draw_curves
 from .files import write_aside
 from .pipeline_animeface import (
     AnimeFacePipeline,
@@ -44,7 +44,6 @@ from .pipeline_animeface import (
 )
 
 HUB_TIMEOUT = 60.0  # seconds without a single byte; the client itself would wait for ever
-LOSS_CURVE_POINTS = 500  # a longer log is averaged to so many points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,7 @@ def render_card(
     if samples is not None:
         files["assets/samples.png"] = png(samples)
     if summary.losses:
-        files["assets/loss_curve.png"] = plot_losses(summary.losses)
+        files["assets/loss_curve.png"] = draw_curves([{"step": step, "loss": loss} for step, loss in summary.losses])
     return files
 
 
@@ -253,22 +252,6 @@ def times_seen(summary: TrainingSummary) -> int | None:
     if not summary.samples_seen or not summary.dataset_size:
         return None
     return math.ceil(summary.samples_seen / summary.dataset_size)
-
-
-def plot_losses(losses: Sequence[tuple[int, float]]) -> bytes:
-    """The loss by step as a PNG; a long log as the averages of LOSS_CURVE_POINTS equal parts."""
-    from matplotlib.figure import Figure  # loaded only when a card has a curve; Figure alone needs no display
-
-    parts = np.array_split(np.array(losses, dtype=float), min(len(losses), LOSS_CURVE_POINTS))
-    steps, values = np.array([part.mean(axis=0) for part in parts]).T
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, values, linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.grid(which="both", alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def png(picture: Image.Image) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterable
@@ -11,12 +12,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from PIL import Image
 from safetensors import SafetensorError
 
 from .cli import BadInput
 from .files import write_aside
-from .hub import png
 from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
 
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
@@ -31,7 +30,9 @@ class RunFolder:
     output_dir/
       run.json              the manifest: the recipe's values, and the names of everything we wrote
       log.jsonl             one line for every `logging_steps` updates
-      samples/              step-00001000.png …
+      samples/              step-00001000.png …, and step-00001000-strips.png: how each came out of the noise
+      curves.png            the log as a picture
+      logs/                 of TensorBoard and other trackers
       checkpoint-1000/ …    to go on from
       model_index.json …    the pipeline, at the end
     ```
@@ -76,6 +77,7 @@ class RunFolder:
             self._remove_what_we_wrote()
         self.path.mkdir(exist_ok=True)
         self.manifest["recipe"] = recipe
+        self.manifest.setdefault("run_id", secrets.token_hex(4))  # by which trackers know it again
         self.wrote(["run.json", "log.jsonl"])
 
     def release(self) -> None:
@@ -102,14 +104,14 @@ class RunFolder:
             path = self.path / name
             if name == "README.md" and path.is_file() and not is_our_card(path.read_text(encoding="utf-8")):
                 continue  # somebody edited it
-            if path.name.startswith("checkpoint-") and path.is_dir():
+            if path.is_dir() and (name == "logs" or name.startswith("checkpoint-")):
                 shutil.rmtree(path)
             elif path.is_file():
                 path.unlink()
         for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
-        self.manifest["wrote"] = []
+        self.manifest = {"program": "animeface_pipeline", "wrote": []}
 
     # ---- log, grids, pipeline: by the main process ----
 
@@ -121,11 +123,12 @@ class RunFolder:
         log = self.path / "log.jsonl"
         return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
-    def save_grid(self, grid: Image.Image, step: int) -> None:
-        name = f"samples/step-{step:08d}.png"
-        (self.path / "samples").mkdir(exist_ok=True)
-        write_aside(self.path / name, png(grid))
-        self.wrote([name])
+    def save_pictures(self, pictures: dict[str, bytes]) -> None:
+        """Write PNGs by name."""
+        for name, data in pictures.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            write_aside(self.path / name, data)
+        self.wrote(pictures)
 
     def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes]) -> None:
         pipeline.save_pretrained(self.path, card=card)
