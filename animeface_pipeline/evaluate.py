@@ -49,7 +49,7 @@ from .generate import (
 )
 from .hub import add_results, code_commit, hardware_name, library_versions, png
 from .in_domain import RECIPE, in_domain_distance, in_domain_features
-from .picture_statistics import compare_statistics, memorisation
+from .picture_statistics import compare_statistics, memorisation, statistic_rows
 from .pipeline_animeface import AnimeFacePipeline
 
 RESULT_FILE, CLOSEST_FILE = "evaluation.json", "closest.png"
@@ -201,7 +201,7 @@ def measure(
     drawn, real, weights = features_of(network, pictures, reference, args)
     results: dict[str, Any] = {
         "in_domain": {"recipe": RECIPE, "weights_sha256": weights, **in_domain_distance(drawn, real)},
-        "statistics": compare_statistics(pictures, reference.train),
+        "statistics": compare_statistics(statistic_rows(pictures), statistic_rows(reference.train)),
     }
     if reference.held_out is not None and len(reference.held_out) > 1:
         results["memorisation"], closest = memorisation(pictures, reference.train, reference.held_out)

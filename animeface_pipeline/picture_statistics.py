@@ -97,12 +97,20 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def compare_statistics(pictures: torch.Tensor, real: torch.Tensor, seed: int = 0) -> dict[str, dict[str, Any]]:
+Rows = dict[Callable[[torch.Tensor], np.ndarray], np.ndarray]
+
+
+def statistic_rows(pictures: torch.Tensor) -> Rows:
+    """Of pictures, uint8 (N, 3, H, W), by the functions that `STATISTICS` names: their rows, N of each."""
+    return {function: function(pictures) for function in {statistic.rows for statistic in STATISTICS.values()}}
+
+
+def compare_statistics(rows: Rows, real: Rows, seed: int = 0) -> dict[str, dict[str, Any]]:
     r"""
     Hold the statistics of pictures against those of real ones.
 
     Args:
-        pictures, real (`torch.Tensor` of shape `(N, 3, H, W)` and `(M, 3, H, W)`): uint8.
+        rows, real (`Rows`): What [`statistic_rows`] gives for the pictures and for the real ones.
         seed (`int`, *optional*, defaults to `0`): Of the samples of real pictures.
 
     Returns:
@@ -111,13 +119,12 @@ def compare_statistics(pictures: torch.Tensor, real: torch.Tensor, seed: int = 0
         the `"unit"`; and `"passes"`, whether the value is within the limit.
     """
     random = np.random.default_rng(seed)
-    size = min(SAMPLE_SIZE, len(pictures), len(real))
-    samples = [random.choice(len(real), size, replace=False) for _ in range(SAMPLES)]
-    functions = {statistic.rows for statistic in STATISTICS.values()}
-    rows = {function: (function(pictures), function(real)) for function in functions}
+    num_pictures, num_real = len(rows[histograms]), len(real[histograms])
+    size = min(SAMPLE_SIZE, num_pictures, num_real)
+    samples = [random.choice(num_real, size, replace=False) for _ in range(SAMPLES)]
     results = {}
     for name, statistic in STATISTICS.items():
-        own, others = rows[statistic.rows]
+        own, others = rows[statistic.rows], real[statistic.rows]
         truth = others.mean(axis=0, dtype=np.float64)
         value = statistic.apart(own.mean(axis=0, dtype=np.float64), truth)
         limit = max(statistic.apart(others[sample].mean(axis=0, dtype=np.float64), truth) for sample in samples)

@@ -24,7 +24,7 @@ from animeface_pipeline.distances import compute_features
 from animeface_pipeline.evaluate import features_of, load_reference, pictures_in, versions
 from animeface_pipeline.hub import code_commit, hardware_name
 from animeface_pipeline.in_domain import ALTERATIONS, gaussian_blur, in_domain_distance, in_domain_features
-from animeface_pipeline.picture_statistics import compare_statistics
+from animeface_pipeline.picture_statistics import compare_statistics, statistic_rows
 
 Worsen = Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]
 
@@ -82,11 +82,17 @@ def main() -> int:
     network = in_domain_features(reference.train, reference.train_sha256, args.cache_dir)
     _, real, weights = features_of(network, held_out, reference, here)
 
+    real_rows = statistic_rows(reference.train)
+    floors = {}
+    for number in (100, 300, 1000, 3000, len(real) // 2):
+        found = in_domain_distance(real[:number], real)
+        floors[number] = {name: found[name] for name in ("floor", "floor_std")}
+        print(f"real against real, {number:,} pictures: {found['floor']:.4f} ± {found['floor_std']:.4f}", flush=True)
     rows = []
 
     def measure(series: str, name: str, pictures: torch.Tensor) -> None:
         distance = in_domain_distance(compute_features(network, pictures), real)
-        checks = compare_statistics(pictures, reference.train)
+        checks = compare_statistics(statistic_rows(pictures), real_rows)
         rows.append({"series": series, "name": name, **distance, "statistics": checks})
         shown = "  ".join(f"{each['value']:6.2f}{' ' if each['passes'] else '!'}" for each in checks.values())
         print(f"{series + ', ' + name:45}  {distance['frechet_distance']:8.3f}  {shown}", flush=True)
@@ -107,6 +113,7 @@ def main() -> int:
         "versions": versions(),
         "commit": code_commit(),
         "hardware": hardware_name(),
+        "floors": floors,
         "rows": rows,
     }
     args.output_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
