@@ -38,6 +38,7 @@ from .dataset import default_cache, load_pictures
 from .distances import compute_features, feature_distances, inception, sha256_of, torchmetrics_modules
 from .files import write_aside
 from .generate import (
+    SETTINGS_FILE,
     add_sampling_arguments,
     claim_folder,
     count,
@@ -88,10 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.num_images < ENOUGH_IMAGES:
         few = f"{args.num_images} pictures are few: compare {ENOUGH_IMAGES:,} or more, and equal numbers"
         print(f"warning: {few}", file=sys.stderr)
-    pipe = None if is_folder_of_pictures(args.model) else load_pipeline(args)
-    reference = load_reference(args, RESOLUTION if pipe is None else pipe.unet.config.sample_size)
+    source = open_model(args)
+    given = isinstance(source, torch.Tensor)
+    reference = load_reference(args, source.shape[-1] if given else source.unet.config.sample_size)
     try:
-        pictures, settings = load_model_pictures(args, former) if pipe is None else draw(pipe, args, former)
+        pictures, settings = (choose if given else draw)(source, args, former)
         results = {
             "command": shlex.join(["python", "-m", "animeface_pipeline.evaluate", *arguments]),
             "versions": versions(),
@@ -121,6 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---- the pictures to judge ----
 
 
+def open_model(args: argparse.Namespace) -> Any:
+    """The pictures, uint8 (N, 3, H, W), if MODEL is a folder of them, else the pipeline that draws them."""
+    if is_folder_of_pictures(args.model):
+        return pictures_to_judge(Path(args.model), "MODEL", args)
+    return load_pipeline(args)
+
+
 def draw(
     pipe: AnimeFacePipeline, args: argparse.Namespace, former: dict[str, Any] | None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -134,16 +143,22 @@ def draw(
     return torch.stack([read_png(file) for file in files]), settings
 
 
-def load_model_pictures(
-    args: argparse.Namespace, former: dict[str, Any] | None
+def choose(
+    pictures: torch.Tensor, args: argparse.Namespace, former: dict[str, Any] | None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The same of a folder of pictures; if it holds more than are wanted, some at random."""
-    pictures = pictures_in(Path(args.model), "MODEL", args, resolution=RESOLUTION)
+    """The same of pictures that are there; if there are more than are wanted, some at random."""
     order = np.random.default_rng(args.seed).permutation(len(pictures))[: args.num_images]
     pictures = pictures[torch.from_numpy(np.sort(order))]
     settings = {"animeface_pipeline": __version__, "model": args.model, "pictures_sha256": sha256_of(pictures)}
     claim_folder(args.output_dir, settings, former)
     return pictures, settings
+
+
+def pictures_to_judge(folder: Path, flag: str, args: argparse.Namespace) -> torch.Tensor:
+    """All pictures of a folder; of one that `generate` wrote not its grid and its strips."""
+    if (folder / SETTINGS_FILE).is_file():
+        return torch.stack([read_png(file) for file in sorted(folder.glob("seed-*.png"))])
+    return pictures_in(folder, flag, args, resolution=RESOLUTION)
 
 
 def is_folder_of_pictures(model: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 
 from animeface_pipeline.dataset import default_cache
 from animeface_pipeline.distances import compute_features
-from animeface_pipeline.evaluate import features_of, load_reference, pictures_in, versions
+from animeface_pipeline.evaluate import features_of, load_reference, pictures_to_judge, versions
 from animeface_pipeline.hub import code_commit, hardware_name
 from animeface_pipeline.in_domain import ALTERATIONS, gaussian_blur, in_domain_distance, in_domain_features
 from animeface_pipeline.picture_statistics import compare_statistics, statistic_rows
@@ -103,7 +103,7 @@ def main() -> int:
             worse = worsen(held_out.float() / 255, amount, torch.Generator().manual_seed(0))
             measure(series, unit.format(amount), worse.clamp(0, 1).mul(255).round().to(torch.uint8))
     for folder in args.models:
-        drawn = pictures_in(folder, "--models", here, resolution=64)[: args.num_images]
+        drawn = pictures_to_judge(folder, "--models", here)[: args.num_images]
         assert len(drawn) == args.num_images, f"{folder}: {len(drawn)} pictures"
         measure("models", folder.name, drawn)
 

@@ -175,6 +175,16 @@ def test_a_folder_of_pictures_is_judged_like_a_model(reference: Path, tmp_path: 
     assert not bright["statistics"]["colour mean"]["passes"]
 
 
+def test_of_a_folder_that_generate_wrote_the_grid_is_left_out(model: Path, reference: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        generate.main([str(model), f"--output_dir={tmp_path / 'drawn'}", "--num_images=8", "--num_inference_steps=3"])
+    assert (tmp_path / "drawn" / "8-imgs-final.png").is_file()
+    assert run(tmp_path / "drawn", reference, tmp_path / "of drawn") == 0
+    assert run(model, reference, tmp_path / "at once") == 0
+    assert result(tmp_path / "of drawn")["num_images"] == 8
+    assert result(tmp_path / "of drawn")["in_domain"] == result(tmp_path / "at once")["in_domain"]
+
+
 def test_without_held_out_pictures_memorisation_is_not_measured(model: Path, reference: Path, tmp_path: Path) -> None:
     assert run(model, reference / "train", tmp_path / "out") == 0
     assert "memorisation" not in result(tmp_path / "out")
