@@ -56,6 +56,7 @@ class TrainingConfig:
     config: str = run("a recipe: the name of one in recipes/, or a YAML file", "original")
     train_data_dir: str | None = run("a folder of pictures; its folder train/ if it has one")
     dataset_name: str | None = run("a data set on the Hub, or a folder that datasets.load_dataset reads")
+    streaming: bool = run("read the pictures while training; for what is larger than the disk", False)
     dataset_config_name: str | None = run("the configuration of the Hub data set")
     output_dir: str = run("the folder that the pipeline, the log and the grids are written to", "animeface-64")
     cache_dir: str | None = run("where decoded pictures are kept (default: animeface_pipeline in the user's cache)")

@@ -102,16 +102,27 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
     except BadInput:
         raise
     except Exception as error:  # `datasets` raises a dozen kinds for "there is nothing here that I can read"
-        what = (
-            f"--train_data_dir {folder}: no pictures" if folder else f"--dataset_name {dataset_name}: cannot be read"
-        )
-        raise BadInput(f"{what} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    columns = [name for name, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+        raise explain_unreadable(folder, dataset_name, error) from error
+    return picture_column(loaded, dataset_name)
+
+
+def explain_unreadable(folder: str | None, dataset_name: str | None, error: Exception) -> BadInput:
+    """What `datasets` could not read, in one line."""
+    what = f"--train_data_dir {folder}: no pictures" if folder else f"--dataset_name {dataset_name}: cannot be read"
+    return BadInput(f"{what} ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+def picture_column(rows: Any, dataset_name: str | None) -> Any:
+    """A data set (of whatever kind) as nothing but its column of pictures, named `image` and undecoded."""
+    import datasets
+
+    features = rows.features or {}
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise BadInput(f"--dataset_name {dataset_name}: no column of pictures, only {', '.join(loaded.features)}")
+        raise BadInput(f"--dataset_name {dataset_name}: no column of pictures, only {', '.join(features)}")
     column = "image" if "image" in columns else columns[0]
-    loaded = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return loaded if column == "image" else loaded.rename_column(column, "image")
+    rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    return rows if column == "image" else rows.rename_column(column, "image")
 
 
 def default_cache() -> Path:
@@ -245,6 +256,7 @@ class Batches:
         device: torch.device | str = "cpu",
     ):
         self.pictures = pictures
+        self.num_pictures: int | None = len(pictures)
         self.train_batch_size = train_batch_size
         self.seed = seed
         self.value_range = value_range
@@ -266,12 +278,15 @@ class Batches:
         timesteps = torch.randint(self.num_train_timesteps, (self.total_batch_size,), **options)[mine]
         flips = torch.rand(self.total_batch_size, **options)[mine] < (0.5 if self.random_flip else 0.0)
         noise = torch.randn(self.total_batch_size, *shape, **options)[mine]
-        clean = self._pictures_of(step, mine)
-        clean = torch.where(flips.view(-1, 1, 1, 1), clean.flip(-1), clean)
-        clean = to_value_range(clean, self.value_range)
+        clean = self.clean_of_step(step, flips)
         size = self.train_batch_size
         parts = zip(clean.split(size), noise.split(size), timesteps.split(size))
         return [Batch(*part, weight=len(part[0]) / len(clean)) for part in parts]
+
+    def clean_of_step(self, step: int, flips: torch.Tensor) -> torch.Tensor:
+        """This process's pictures of update `step` in the value range, mirrored where `flips`, (B,) bool, says so."""
+        pictures = self._pictures_of(step, self._positions(step))
+        return to_value_range(torch.where(flips.view(-1, 1, 1, 1), pictures.flip(-1), pictures), self.value_range)
 
     def _positions(self, step: int) -> slice:
         """Which rows of the whole update are this process's."""

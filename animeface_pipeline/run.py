@@ -31,6 +31,7 @@ from .hub import (
 )
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
+from .streaming import StreamedBatches
 from .trackers import chosen_trackers, report_pictures, start_trackers
 from .training import EMA, Meter, averaged_weights, memory_gib, sample_grid, unused_gpu, with_weights
 from .validation import Validation
@@ -127,7 +128,9 @@ class Run:
         self.first_step = 0
         self.save_again = False  # a checkpoint could not be written
         self.last_grid: Image.Image | None = None
-        accelerator.register_for_checkpointing(*(part for part in (lr_scheduler, self.meter, ema) if part is not None))
+        streamed = batches if isinstance(batches, StreamedBatches) else None
+        parts = (lr_scheduler, self.meter, ema, streamed)
+        accelerator.register_for_checkpointing(*(part for part in parts if part is not None))
 
     def begin(self) -> None:
         """Open the output folder; go on from a checkpoint if the config says so and there is one."""
@@ -282,7 +285,7 @@ class Run:
             settings=config.recipe_values(),
             dataset=Path(config.train_data_dir or config.dataset_name or "").resolve().name,
             hub_dataset=config.dataset_name if of_the_hub else None,
-            dataset_size=len(self.batches.pictures),
+            dataset_size=self.batches.num_pictures,
             steps=self.total_steps,
             epochs=round(seen, 2),
             samples_seen=round(seen * len(self.batches.pictures)),

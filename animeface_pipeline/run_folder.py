@@ -5,12 +5,13 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -141,30 +142,43 @@ class RunFolder:
         """Write a checkpoint aside, rename it, then drop the oldest. Says so and returns `False` if it cannot."""
         name = f"checkpoint-{step}"
         aside = self.path / f"{name}.part"
-        error: str | None = None
-        try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path.mkdir(parents=True, exist_ok=True)
+
+        def clear() -> None:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            aside.mkdir(parents=True)
+
+        def write() -> None:
             self.accelerator.save_state(str(aside))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-                log = self.path / "log.jsonl"
-                state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
-                write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
-                shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
-                os.replace(aside, self.path / name)
-                self.wrote([name])
-                for old in self.checkpoints()[:-keep]:
-                    shutil.rmtree(old, ignore_errors=True)
-        except WRITE_ERRORS as caught:
-            error = str(caught).splitlines()[0]
-        if error is not None:
+
+        def publish() -> None:
+            sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+            log = self.path / "log.jsonl"
+            state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
+            write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
+            shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
+            os.replace(aside, self.path / name)
+            self.wrote([name])
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        is_main = self.accelerator.is_main_process
+        error = None
+        for stage, by_all in ((clear, False), (write, True), (publish, False)):
+            if error is None:
+                error = self._error_of_any(stage if by_all or is_main else lambda: None)
+        if error is not None and is_main:
             shutil.rmtree(aside, ignore_errors=True)
             print(f"cannot save {self.path / name} ({error}); going on, and trying again later", file=sys.stderr)
-        self.accelerator.wait_for_everyone()
         return error is None
+
+    def _error_of_any(self, function: Callable[[], None]) -> str | None:
+        """Call it in every process; all of them hear of an error that any of them met, so that none waits for ever."""
+        error = None
+        try:
+            function()
+        except WRITE_ERRORS as caught:
+            error = str(caught).splitlines()[0]
+        return next((each for each in gather_object([error]) if each is not None), None)
 
     def resume(self, which: str) -> int:
         """Load the checkpoint `latest`, or the named one; returns the updates done, 0 if there is none."""

@@ -26,6 +26,7 @@ from .dataset import Batch, Batches, load_pictures, stream_seed
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import original_scheduler, switch_scheduler
+from .streaming import build_streamed_batches
 from .unet_animeface import AnimeFaceUNet2DModel
 
 # ---- building ----
@@ -86,21 +87,21 @@ def _read_network_config(name_or_path: str) -> dict[str, Any]:
 
 def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_scheduler: DDPMScheduler) -> Batches:
     """Decode the pictures once on each machine, put them on the GPU if they take less than a quarter of its memory."""
+    options: dict[str, Any] = {
+        "value_range": config.value_range,
+        "random_flip": config.random_flip,
+        "num_train_timesteps": noise_scheduler.config.num_train_timesteps,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+        "device": accelerator.device,
+    }
+    if config.streaming:
+        return build_streamed_batches(config, **options)
     pictures = load_split(config, accelerator, "train")
     if accelerator.device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
         pictures = pictures.to(accelerator.device)
-    return Batches(
-        pictures,
-        config.train_batch_size,
-        config.seed,
-        value_range=config.value_range,
-        random_flip=config.random_flip,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        device=accelerator.device,
-    )
+    return Batches(pictures, config.train_batch_size, config.seed, **options)
 
 
 def load_split(config: TrainingConfig, accelerator: Accelerator, split: str) -> torch.Tensor:
@@ -326,10 +327,11 @@ def describe(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     size = pipeline.unet.config.sample_size
+    number = "a stream" if batches.num_pictures is None else f"{batches.num_pictures:,}"
     lines = {
         "device": f"{accelerator.num_processes} × {name}, mixed precision {config.mixed_precision}",
         "network": f"{parameters:,} parameters, {size}×{size}, values in {pipeline.value_range}",
-        "pictures": f"{len(batches.pictures):,} from {config.train_data_dir or config.dataset_name}",
+        "pictures": f"{number} from {config.train_data_dir or config.dataset_name}",
         "steps": f"{total_steps:,} of {batches.total_batch_size} pictures, {batches.steps_per_epoch:,} an epoch",
         "recipe": f"{config.config}, learning rate {config.learning_rate:g}, EMA {'on' if config.use_ema else 'off'}",
     }

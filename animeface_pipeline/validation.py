@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler
 
 from .config import TrainingConfig
 from .dataset import Batch, NoSuchSplit, stream_seed, to_value_range
+from .streaming import first_pictures
 from .training import diffusion_loss, load_split
 
 MAX_PICTURES = 1024  # of the held-out split: enough for two digits, and quick
@@ -57,7 +58,10 @@ def build_validation(
 ) -> Validation | None:
     """The held-out split of the data, if there is one: a folder validation/ beside train/, or a split of that name."""
     try:
-        pictures = load_split(config, accelerator, "validation")
+        if config.streaming:
+            pictures = first_pictures(config, "validation", MAX_PICTURES)
+        else:
+            pictures = load_split(config, accelerator, "validation")
     except NoSuchSplit:
         return None
     return Validation(pictures, config, accelerator, noise_scheduler)
