@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import runpy
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +365,39 @@ def test_an_edited_card_stays_its_owners(model: Path) -> None:
 def test_update_card_needs_a_folder(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(reference / "train", reference, tmp_path / "out", "--update_card") == 2
     assert "--update_card" in error_line(capsys)
+
+
+# ---- quality against steps ----
+
+
+def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(__file__).parent.parent / "benchmarks" / "quality_vs_steps.py"
+    benchmark = runpy.run_path(str(file))
+    flags = [
+        model,
+        f"--reference={reference}",
+        f"--output_dir={tmp_path / 'steps'}",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]
+    flags += ["--schedulers", "ddim", "unipc", "--num_inference_steps", "3", "60", "--num_images=6", "--few_images=4"]
+    monkeypatch.setattr(sys, "argv", ["quality_vs_steps.py", *map(str, flags)])
+    benchmark["main"]()
+    said = capsys.readouterr().out
+    results = tmp_path / "steps" / "results"
+    names = {"ddim-3-4", "ddim-3-6", "unipc-3-4", "unipc-3-6", "ddim-60-4", "unipc-60-4"}
+    assert {each.stem for each in results.iterdir()} == names
+    few, many = (tmp_path / "steps" / "steps.md").read_text(encoding="utf-8").split("| in-domain")[1:]
+    assert few.startswith(" Fréchet distance, 4 pictures | 3 | 60 |")
+    assert many.startswith(" Fréchet distance, 6 pictures | 3 |")
+    value = json.loads((results / "unipc-60-4.json").read_text(encoding="utf-8"))["in_domain"]["frechet_distance"]
+    assert f"{value:.3f} |" in next(line for line in few.splitlines() if line.startswith("| UniPC"))
+    assert "ddim-3, 6 pictures" in said
+    assert Image.open(tmp_path / "steps" / "steps.png").width > 500
+
+    (results / "ddim-60-4.json").unlink()
+    benchmark["main"]()
+    said = capsys.readouterr().out
+    assert "ddim-60, 4 pictures" in said
+    assert "ddim-3" not in said
