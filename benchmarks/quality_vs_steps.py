@@ -122,7 +122,7 @@ def plot(number: int, by_solver: dict[str, dict[int, Any]], file: Path) -> None:
     ticks = sorted({each for cells in by_solver.values() for each in cells})
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"in-domain Fréchet distance, {number:,} pictures")
     axes.set_xticks(ticks, [str(each) for each in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
