@@ -35,6 +35,7 @@ def one_of(*choices: str) -> Rule:
 
 
 ANYTHING: Rule = ("", lambda value: True)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -61,6 +62,7 @@ class TrainingConfig:
     output_dir: str = run("the folder that the pipeline, the log and the grids are written to", "animeface-64")
     cache_dir: str | None = run("where decoded pictures are kept (default: animeface_pipeline in the user's cache)")
     overwrite_output_dir: bool = run("remove what a former run wrote to output_dir, and nothing else", False)
+    fast: bool = run("turn on what is fastest on this machine; other flags go over it", False)
     resume_from_checkpoint: str | None = run('go on from a checkpoint: "latest", or a folder checkpoint-N')
     model_config_name_or_path: str | None = run("a JSON file of constructor arguments, a folder or a Hub name")
     pretrained_model_name_or_path: str | None = run("start from the weights of this pipeline (a folder or a Hub name)")
@@ -101,6 +103,9 @@ class TrainingConfig:
     ema_power: float = recipe("power of the EMA's warm-up", more_than(0))
     ema_max_decay: float = recipe("decay of the EMA after its warm-up", within(0, 1))
     mixed_precision: str = recipe("bf16 needs an Ampere GPU or newer, fp16 any", one_of("no", "fp16", "bf16"))
+    channels_last: bool = recipe("keep weights and activations with the channels last in memory")
+    torch_compile: str | None = recipe("compile the network in this mode, or none", one_of(*COMPILE_MODES))
+    allow_tf32: bool = recipe("TF32 for what is left in float32 on an Ampere GPU or newer")
     gradient_checkpointing: bool = recipe("less memory, about a third slower")
     seed: int = recipe("of weights, order, noise and flips", within(0, 2**32))
 

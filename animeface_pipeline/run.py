@@ -31,6 +31,7 @@ from .hub import (
 )
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
+from .speed import choose_fast_settings
 from .streaming import StreamedBatches
 from .trackers import chosen_trackers, report_pictures, start_trackers
 from .training import EMA, Meter, averaged_weights, memory_gib, sample_grid, unused_gpu, with_weights
@@ -44,6 +45,7 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
     """The accelerator and the claimed output folder; afterwards both are let go, whatever happened."""
     if config.push_to_hub:
         check_repo_id(hub_model_id(config))
+    choose_fast_settings(config)
     trackers = chosen_trackers(config.report_to)
     try:
         accelerator = Accelerator(

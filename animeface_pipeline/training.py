@@ -26,6 +26,7 @@ from .dataset import Batch, Batches, load_pictures, stream_seed
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import original_scheduler, switch_scheduler
+from .speed import prepare_for_training
 from .streaming import build_streamed_batches
 from .unet_animeface import AnimeFaceUNet2DModel
 
@@ -40,6 +41,7 @@ def build_pipeline(config: TrainingConfig) -> AnimeFacePipeline:
     pipeline = _new_or_saved_pipeline(config)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
+    prepare_for_training(pipeline.unet, config)
     return pipeline
 
 
