@@ -63,7 +63,7 @@ def load_pictures(
     """
     rows = _open_rows(train_data_dir, dataset_name, dataset_config_name, split)
     name = str(train_data_dir or dataset_name)
-    root = Path(cache_dir) if cache_dir else _default_cache()
+    root = Path(cache_dir) if cache_dir else default_cache()
     folder = root / f"{Path(name).name}-{split}-{resolution}-{_fingerprint(rows, resolution)}"
     if not (folder / "index.json").is_file():
         _decode_all(rows, folder, resolution, name, show_progress)
@@ -125,7 +125,7 @@ def picture_column(rows: Any, dataset_name: str | None) -> Any:
     return rows if column == "image" else rows.rename_column(column, "image")
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "animeface_pipeline"
 
 

@@ -32,11 +32,14 @@ from PIL import Image
 
 from .cli import EXIT_DONE, EXIT_PUSH_FAILED, BadInput, OneLineParser, command, resource
 from .curves import draw_curves
+from .files import write_aside
 from .pipeline_animeface import (
     AnimeFacePipeline,
     check_folder,
     explain_hub_error,
+    is_our_card,
     sign_card,
+    unsigned_card,
     upload_folder_as_pipeline,
 )
 
@@ -173,6 +176,54 @@ def card_data(summary: TrainingSummary, fixed: Mapping[str, Any]) -> ModelCardDa
         "eval_results": results or None,
     }
     return ModelCardData(**{**fixed, **known})
+
+
+# How the metrics are called in the card's table, by their names on the Hub.
+METRIC_NAMES = {"fid": "FID", "kid": "KID", "in-domain-frechet-distance": "in-domain Fréchet distance"}
+_RESULTS_SECTION = re.compile(r"\n## Results\n.*?(?=\n## |\Z)", re.DOTALL)
+
+
+def add_results(folder: Path, metrics: Mapping[str, float], measured: str) -> None:
+    r"""
+    Write measured results into the card of a saved pipeline: its front matter, and its section "Results".
+
+    What else the card says stays; an edited card stays somebody's own.
+
+    Args:
+        folder (`Path`): The pipeline's folder, with its `README.md`.
+        metrics (`Mapping[str, float]`): By their names on the Hub, keys of `METRIC_NAMES`.
+        measured (`str`): How, in a sentence.
+
+    Raises:
+        [`BadInput`]: there is no card, or its front matter cannot be read.
+    """
+    readme = folder / "README.md"
+    try:
+        text = readme.read_text(encoding="utf-8")
+        card = ModelCard(unsigned_card(text))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{readme}: cannot be read as a model card ({error}); save the pipeline again") from error
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type="image-folder",
+            dataset_name="the reference pictures",
+            metric_type=name,
+            metric_name=METRIC_NAMES[name],
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    data: Any = card.data
+    results = [result for result in data.eval_results or [] if result.metric_type not in metrics] + results
+    data.model_name = data.model_name or "AnimeFacePipeline"
+    data.eval_results, data.metrics = results, [result.metric_type for result in results]
+    rows = "\n".join(f"| {METRIC_NAMES[name]} | {value:.4g} |" for name, value in metrics.items())
+    section = f"\n## Results\n\n| measure | value |\n| --- | --- |\n{rows}\n\n{measured}\n"
+    body = _RESULTS_SECTION.sub("", card.text).rstrip() + "\n"
+    limits = body.find("\n## Limits and biases")
+    card.text = body[:limits] + section + body[limits:] if limits >= 0 else body + section
+    write_aside(readme, (sign_card(str(card)) if is_our_card(text) else str(card)).encode())
 
 
 def training_table(summary: TrainingSummary) -> dict[str, str]:
