@@ -28,6 +28,7 @@ from animeface_pipeline.training import (
     diffusion_loss,
     update,
 )
+from animeface_pipeline.validation import build_validation
 
 
 def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -> int:
@@ -39,7 +40,8 @@ def train(config: TrainingConfig, accelerator: Accelerator, folder: RunFolder) -
     optimizer, lr_scheduler = build_optimizer(config, pipeline.unet, total_steps)
     unet, optimizer = accelerator.prepare(pipeline.unet, optimizer)
     ema = build_ema(config, unet)
-    run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, total_steps)
+    validation = build_validation(config, accelerator, noise_scheduler)
+    run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, validation, total_steps)
     run.begin()
     accelerator.print(describe(config, accelerator, pipeline, batches, total_steps))
 

@@ -13,6 +13,7 @@ import yaml
 
 from .cli import BadInput, OneLineParser, resource
 from .schedulers import SCHEDULERS
+from .trackers import TRACKERS
 
 Rule = tuple[str, Callable[[Any], bool]]  # what must hold, in words and as a test
 
@@ -34,6 +35,7 @@ def one_of(*choices: str) -> Rule:
 
 
 ANYTHING: Rule = ("", lambda value: True)
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -55,13 +57,16 @@ class TrainingConfig:
     config: str = run("a recipe: the name of one in recipes/, or a YAML file", "original")
     train_data_dir: str | None = run("a folder of pictures; its folder train/ if it has one")
     dataset_name: str | None = run("a data set on the Hub, or a folder that datasets.load_dataset reads")
+    streaming: bool = run("read the pictures while training; for what is larger than the disk", False)
     dataset_config_name: str | None = run("the configuration of the Hub data set")
     output_dir: str = run("the folder that the pipeline, the log and the grids are written to", "animeface-64")
     cache_dir: str | None = run("where decoded pictures are kept (default: animeface_pipeline in the user's cache)")
     overwrite_output_dir: bool = run("remove what a former run wrote to output_dir, and nothing else", False)
+    fast: bool = run("turn on what is fastest on this machine; other flags go over it", False)
     resume_from_checkpoint: str | None = run('go on from a checkpoint: "latest", or a folder checkpoint-N')
     model_config_name_or_path: str | None = run("a JSON file of constructor arguments, a folder or a Hub name")
     pretrained_model_name_or_path: str | None = run("start from the weights of this pipeline (a folder or a Hub name)")
+    report_to: str | None = run("report to a tracker, or none", None, one_of(*TRACKERS, "all"))
     push_to_hub: bool = run("push the pipeline to the Hub at the end", False)
     hub_model_id: str | None = run("the name to push to, user/name (default: the name of output_dir)")
     hub_private_repo: bool = run("make a new repository on the Hub private", False)
@@ -98,6 +103,9 @@ class TrainingConfig:
     ema_power: float = recipe("power of the EMA's warm-up", more_than(0))
     ema_max_decay: float = recipe("decay of the EMA after its warm-up", within(0, 1))
     mixed_precision: str = recipe("bf16 needs an Ampere GPU or newer, fp16 any", one_of("no", "fp16", "bf16"))
+    channels_last: bool = recipe("keep weights and activations with the channels last in memory")
+    torch_compile: str | None = recipe("compile the network in this mode, or none", one_of(*COMPILE_MODES))
+    allow_tf32: bool = recipe("TF32 for what is left in float32 on an Ampere GPU or newer")
     gradient_checkpointing: bool = recipe("less memory, about a third slower")
     seed: int = recipe("of weights, order, noise and flips", within(0, 2**32))
 
@@ -106,6 +114,7 @@ class TrainingConfig:
     eval_scheduler: str = recipe("the scheduler that draws the grids", one_of(*SCHEDULERS))
     ddpm_num_inference_steps: int = recipe("denoising steps of the grids", within(1, 1001))
     save_images_epochs: int = recipe("epochs between sample grids", at_least(1))
+    validation_steps: int = recipe("updates between losses on the held-out split, if there is one", at_least(1))
     logging_steps: int = recipe("updates between lines of the log", at_least(1))
     checkpointing_steps: int = recipe("updates between checkpoints", at_least(1))
     checkpoints_total_limit: int = recipe("how many checkpoints are kept", at_least(1))

@@ -28,6 +28,10 @@ CACHE_VERSION = 1  # counted up when the decoding below changes
 # ---- from files to a uint8 cache ----
 
 
+class NoSuchSplit(BadInput):
+    """There are pictures to train on, but none are held out under this name."""
+
+
 def load_pictures(
     train_data_dir: str | None = None,
     dataset_name: str | None = None,
@@ -44,7 +48,7 @@ def load_pictures(
         train_data_dir (`str`, *optional*): A folder; its folder `<split>/` if it has one, else all that is below it.
         dataset_name (`str`, *optional*): What `datasets.load_dataset` takes instead: a Hub name or a folder.
         dataset_config_name (`str`, *optional*): The configuration of the Hub data set.
-        split (`str`, *optional*, defaults to `"train"`): Which split.
+        split (`str`, *optional*, defaults to `"train"`): Which split; without such a split, `"train"` is all there is.
         resolution (`int`, *optional*, defaults to `64`): Height and width in pixels that pictures are fitted to.
         cache_dir (`str`, *optional*): Defaults to `animeface_pipeline` in the user's cache folder.
         show_progress (`bool`, *optional*, defaults to `True`): Whether to show a bar while decoding.
@@ -54,11 +58,12 @@ def load_pictures(
         processes of one machine share it, and it need not fit into memory.
 
     Raises:
-        [`BadInput`]: no such folder or data set, no pictures in it, none that can be decoded.
+        [`BadInput`]: no such folder or data set, no pictures in it, none that can be decoded; as [`NoSuchSplit`]: the
+            split is not `"train"` and does not exist.
     """
     rows = _open_rows(train_data_dir, dataset_name, dataset_config_name, split)
     name = str(train_data_dir or dataset_name)
-    root = Path(cache_dir) if cache_dir else _default_cache()
+    root = Path(cache_dir) if cache_dir else default_cache()
     folder = root / f"{Path(name).name}-{split}-{resolution}-{_fingerprint(rows, resolution)}"
     if not (folder / "index.json").is_file():
         _decode_all(rows, folder, resolution, name, show_progress)
@@ -81,30 +86,46 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
         if folder is not None:
             if not Path(folder).is_dir():
                 raise BadInput(f"--train_data_dir {folder}: no such folder")
-            base = Path(folder, split) if Path(folder, split).is_dir() else Path(folder)
+            has_splits = Path(folder, "train").is_dir()
+            if split != "train" and not (has_splits and Path(folder, split).is_dir()):
+                raise NoSuchSplit(f"--train_data_dir {folder}: has no folders train and {split}")
+            base = Path(folder, split) if has_splits else Path(folder)
             # Named by us: left alone, `datasets` would take a file named test_1.png for the test split.
             loaded = datasets.load_dataset(
                 "imagefolder", data_files={split: f"{base.resolve()}/**"}, split=split, drop_labels=True
             )
         else:
             splits = datasets.load_dataset(dataset_name, config_name)
+            if split not in splits and split != "train":
+                raise NoSuchSplit(f"--dataset_name {dataset_name}: has no split {split}")
             loaded = splits[split] if split in splits else splits[next(iter(splits))]
     except BadInput:
         raise
     except Exception as error:  # `datasets` raises a dozen kinds for "there is nothing here that I can read"
-        what = (
-            f"--train_data_dir {folder}: no pictures" if folder else f"--dataset_name {dataset_name}: cannot be read"
-        )
-        raise BadInput(f"{what} ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    columns = [name for name, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+        raise explain_unreadable(folder, dataset_name, error) from error
+    return picture_column(loaded, dataset_name)
+
+
+def explain_unreadable(folder: str | None, dataset_name: str | None, error: Exception) -> BadInput:
+    """What `datasets` could not read, in one line."""
+    what = f"--train_data_dir {folder}: no pictures" if folder else f"--dataset_name {dataset_name}: cannot be read"
+    return BadInput(f"{what} ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+
+def picture_column(rows: Any, dataset_name: str | None) -> Any:
+    """A data set (of whatever kind) as nothing but its column of pictures, named `image` and undecoded."""
+    import datasets
+
+    features = rows.features or {}
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise BadInput(f"--dataset_name {dataset_name}: no column of pictures, only {', '.join(loaded.features)}")
+        raise BadInput(f"--dataset_name {dataset_name}: no column of pictures, only {', '.join(features)}")
     column = "image" if "image" in columns else columns[0]
-    loaded = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return loaded if column == "image" else loaded.rename_column(column, "image")
+    rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    return rows if column == "image" else rows.rename_column(column, "image")
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "animeface_pipeline"
 
 
@@ -235,9 +256,10 @@ class Batches:
         device: torch.device | str = "cpu",
     ):
         self.pictures = pictures
+        self.num_pictures: int | None = len(pictures)
         self.train_batch_size = train_batch_size
         self.seed = seed
-        self.low, self.high = value_range
+        self.value_range = value_range
         self.random_flip = random_flip
         self.num_train_timesteps = num_train_timesteps
         self.num_processes, self.process_index = num_processes, process_index
@@ -256,12 +278,15 @@ class Batches:
         timesteps = torch.randint(self.num_train_timesteps, (self.total_batch_size,), **options)[mine]
         flips = torch.rand(self.total_batch_size, **options)[mine] < (0.5 if self.random_flip else 0.0)
         noise = torch.randn(self.total_batch_size, *shape, **options)[mine]
-        clean = self._pictures_of(step, mine)
-        clean = torch.where(flips.view(-1, 1, 1, 1), clean.flip(-1), clean)
-        clean = clean.float().div_(255).mul_(self.high - self.low).add_(self.low)
+        clean = self.clean_of_step(step, flips)
         size = self.train_batch_size
         parts = zip(clean.split(size), noise.split(size), timesteps.split(size))
         return [Batch(*part, weight=len(part[0]) / len(clean)) for part in parts]
+
+    def clean_of_step(self, step: int, flips: torch.Tensor) -> torch.Tensor:
+        """This process's pictures of update `step` in the value range, mirrored where `flips`, (B,) bool, says so."""
+        pictures = self._pictures_of(step, self._positions(step))
+        return to_value_range(torch.where(flips.view(-1, 1, 1, 1), pictures.flip(-1), pictures), self.value_range)
 
     def _positions(self, step: int) -> slice:
         """Which rows of the whole update are this process's."""
@@ -277,6 +302,12 @@ class Batches:
         start = step_in_epoch * self.total_batch_size
         rows = torch.from_numpy(self._order[1][start + mine.start : start + mine.stop])
         return self.pictures[rows.to(self.pictures.device)].to(self.device, non_blocking=True)
+
+
+def to_value_range(pictures: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """uint8 pictures as float32: 0 becomes the first number, 255 the second."""
+    low, high = value_range
+    return pictures.float().div_(255).mul_(high - low).add_(low)
 
 
 def stream_seed(seed: int, purpose: str, index: int) -> int:

@@ -46,25 +46,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.generate")
     parser.add_argument("model", help="a pipeline's folder, or its name on the Hub (user/name)")
     parser.add_argument("--output_dir", type=Path, required=True, help="new, empty, or of a run that was stopped")
-    parser.add_argument("--num_images", type=parse_count, default=16, help="default: 16")
-    parser.add_argument("--batch_size", type=parse_count, default=16, help="images drawn at once (default: 16)")
+    parser.add_argument("--num_images", type=count, default=16, help="default: 16")
+    add_sampling_arguments(parser, batch_size=16)
+    parser.add_argument("--save_process", action="store_true", help="also save a strip of 20 stages for each image")
+    return parser.parse_args(argv)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """The flags that every command has that draws."""
+    parser.add_argument(
+        "--batch_size", type=count, default=batch_size, help="images drawn at once (default: %(default)s)"
+    )
     parser.add_argument(
         "--seed", type=parse_seed, default=0, help="of the first image; the next has seed + 1 (default: 0)"
     )
-    parser.add_argument(
-        "--num_inference_steps", type=parse_count, default=1000, help="20 do for unipc (default: 1000)"
-    )
+    parser.add_argument("--num_inference_steps", type=count, default=1000, help="20 do for unipc (default: 1000)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the pipeline was saved with")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the network's precision; default: float32")
     parser.add_argument(
         "--device", type=parse_device, help="cpu, cuda, cuda:1, mps, … (default: the best one there is)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; pays off on long runs")
-    parser.add_argument("--save_process", action="store_true", help="also save a strip of 20 stages for each image")
-    return parser.parse_args(argv)
 
 
-def parse_count(text: str) -> int:
+def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)

@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_session
@@ -32,16 +31,19 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from .cli import EXIT_DONE, EXIT_PUSH_FAILED, BadInput, OneLineParser, command, resource
+from .curves import draw_curves
+from .files import write_aside
 from .pipeline_animeface import (
     AnimeFacePipeline,
     check_folder,
     explain_hub_error,
+    is_our_card,
     sign_card,
+    unsigned_card,
     upload_folder_as_pipeline,
 )
 
 HUB_TIMEOUT = 60.0  # seconds without a single byte; the client itself would wait for ever
-LOSS_CURVE_POINTS = 500  # a longer log is averaged to so many points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ def render_card(
     if samples is not None:
         files["assets/samples.png"] = png(samples)
     if summary.losses:
-        files["assets/loss_curve.png"] = plot_losses(summary.losses)
+        files["assets/loss_curve.png"] = draw_curves([{"step": step, "loss": loss} for step, loss in summary.losses])
     return files
 
 
@@ -174,6 +176,54 @@ def card_data(summary: TrainingSummary, fixed: Mapping[str, Any]) -> ModelCardDa
         "eval_results": results or None,
     }
     return ModelCardData(**{**fixed, **known})
+
+
+# How the metrics are called in the card's table, by their names on the Hub.
+METRIC_NAMES = {"fid": "FID", "kid": "KID", "in-domain-frechet-distance": "in-domain Fréchet distance"}
+_RESULTS_SECTION = re.compile(r"\n## Results\n.*?(?=\n## |\Z)", re.DOTALL)
+
+
+def add_results(folder: Path, metrics: Mapping[str, float], measured: str) -> None:
+    r"""
+    Write measured results into the card of a saved pipeline: its front matter, and its section "Results".
+
+    What else the card says stays; an edited card stays somebody's own.
+
+    Args:
+        folder (`Path`): The pipeline's folder, with its `README.md`.
+        metrics (`Mapping[str, float]`): By their names on the Hub, keys of `METRIC_NAMES`.
+        measured (`str`): How, in a sentence.
+
+    Raises:
+        [`BadInput`]: there is no card, or its front matter cannot be read.
+    """
+    readme = folder / "README.md"
+    try:
+        text = readme.read_text(encoding="utf-8")
+        card = ModelCard(unsigned_card(text))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{readme}: cannot be read as a model card ({error}); save the pipeline again") from error
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type="image-folder",
+            dataset_name="the reference pictures",
+            metric_type=name,
+            metric_name=METRIC_NAMES[name],
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    data: Any = card.data
+    results = [result for result in data.eval_results or [] if result.metric_type not in metrics] + results
+    data.model_name = data.model_name or "AnimeFacePipeline"
+    data.eval_results, data.metrics = results, [result.metric_type for result in results]
+    rows = "\n".join(f"| {METRIC_NAMES[name]} | {value:.4g} |" for name, value in metrics.items())
+    section = f"\n## Results\n\n| measure | value |\n| --- | --- |\n{rows}\n\n{measured}\n"
+    body = _RESULTS_SECTION.sub("", card.text).rstrip() + "\n"
+    limits = body.find("\n## Limits and biases")
+    card.text = body[:limits] + section + body[limits:] if limits >= 0 else body + section
+    write_aside(readme, (sign_card(str(card)) if is_our_card(text) else str(card)).encode())
 
 
 def training_table(summary: TrainingSummary) -> dict[str, str]:
@@ -202,22 +252,6 @@ def times_seen(summary: TrainingSummary) -> int | None:
     if not summary.samples_seen or not summary.dataset_size:
         return None
     return math.ceil(summary.samples_seen / summary.dataset_size)
-
-
-def plot_losses(losses: Sequence[tuple[int, float]]) -> bytes:
-    """The loss by step as a PNG; a long log as the averages of LOSS_CURVE_POINTS equal parts."""
-    from matplotlib.figure import Figure  # loaded only when a card has a curve; Figure alone needs no display
-
-    parts = np.array_split(np.array(losses, dtype=float), min(len(losses), LOSS_CURVE_POINTS))
-    steps, values = np.array([part.mean(axis=0) for part in parts]).T
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, values, linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.grid(which="both", alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def png(picture: Image.Image) -> bytes:

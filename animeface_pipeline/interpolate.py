@@ -28,7 +28,7 @@ from tqdm import tqdm
 from . import __version__
 from .cli import BadInput, OneLineParser, command
 from .files import write_aside
-from .generate import DTYPES, load_pipeline, parse_count, parse_device, parse_seed, save_png
+from .generate import DTYPES, count, load_pipeline, parse_device, parse_seed, save_png
 from .images import image_grid
 from .picture_rules import RULES, SetAside, read_picture
 from .pipeline_animeface import AnimeFacePipeline
@@ -45,9 +45,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="new or empty")
     parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[], help="of the faces to walk along")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="pictures of faces to begin with")
-    parser.add_argument("--num_frames", type=parse_count, default=16, help="from one face to the next (default: 16)")
-    parser.add_argument("--batch_size", type=parse_count, default=16, help="frames drawn at once (default: 16)")
-    parser.add_argument("--num_inference_steps", type=parse_count, default=50, help="default: 50")
+    parser.add_argument("--num_frames", type=count, default=16, help="from one face to the next (default: 16)")
+    parser.add_argument("--batch_size", type=count, default=16, help="frames drawn at once (default: 16)")
+    parser.add_argument("--num_inference_steps", type=count, default=50, help="default: 50")
     parser.add_argument("--scheduler", choices=DETERMINISTIC, default="ddim", help="default: ddim")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the network's precision; default: float32")
     parser.add_argument("--device", type=parse_device, help="cpu, cuda, mps, … (default: the best one there is)")

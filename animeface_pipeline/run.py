@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from diffusers.training_utils import EMAModel
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
 from .cli import EXIT_DONE, EXIT_NON_FINITE, BadInput, Stopped
 from .config import TrainingConfig
+from .curves import draw_curves, flat
 from .dataset import Batches
 from .hub import (
     TrainingSummary,
@@ -25,12 +25,17 @@ from .hub import (
     code_commit,
     hardware_name,
     library_versions,
+    png,
     push_or_explain,
     render_card,
 )
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
-from .training import Meter, averaged_weights, sample_grid, unused_gpu
+from .speed import choose_fast_settings
+from .streaming import StreamedBatches
+from .trackers import chosen_trackers, report_pictures, start_trackers
+from .training import EMA, Meter, averaged_weights, memory_gib, sample_grid, unused_gpu, with_weights
+from .validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 50  # fp16 skips its first updates while it looks for a loss scale
 
@@ -40,8 +45,14 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
     """The accelerator and the claimed output folder; afterwards both are let go, whatever happened."""
     if config.push_to_hub:
         check_repo_id(hub_model_id(config))
+    choose_fast_settings(config)
+    trackers = chosen_trackers(config.report_to)
     try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))),
+        )
     except ValueError as error:  # e.g. fp16 without a GPU
         raise BadInput(f"--mixed_precision {config.mixed_precision}: {error}") from error
     if accelerator.device.type == "cpu":
@@ -88,7 +99,7 @@ class Run:
     A run in progress.
 
     ```py
-    run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, total_steps)
+    run = Run(config, accelerator, folder, pipeline, unet, lr_scheduler, ema, batches, validation, total_steps)
     run.begin()
     for step in run.steps():
         ...
@@ -105,30 +116,40 @@ class Run:
         pipeline: AnimeFacePipeline,
         unet: torch.nn.Module,
         lr_scheduler: Any,
-        ema: EMAModel | None,
+        ema: EMA | None,
         batches: Batches,
+        validation: Validation | None,
         total_steps: int,
     ) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.pipeline, self.unet, self.ema = pipeline, unet, ema
-        self.lr_scheduler, self.batches, self.total_steps = lr_scheduler, batches, total_steps
+        self.lr_scheduler, self.batches, self.validation = lr_scheduler, batches, validation
+        self.total_steps = total_steps
         self.meter = Meter(pipeline.scheduler.config.num_train_timesteps, accelerator.device)
         self.signals = Signals()
         self.first_step = 0
         self.save_again = False  # a checkpoint could not be written
         self.last_grid: Image.Image | None = None
-        accelerator.register_for_checkpointing(*(part for part in (lr_scheduler, self.meter, ema) if part is not None))
+        streamed = batches if isinstance(batches, StreamedBatches) else None
+        parts = (lr_scheduler, self.meter, ema, streamed)
+        accelerator.register_for_checkpointing(*(part for part in parts if part is not None))
 
     def begin(self) -> None:
         """Open the output folder; go on from a checkpoint if the config says so and there is one."""
         which = self.config.resume_from_checkpoint
         if which is not None:
             self.first_step = self.folder.resume(which)
-            if self.ema is not None:
-                self.ema.to(self.accelerator.device)  # Accelerate loads it to the CPU
         if self.accelerator.is_main_process:
             self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir and which is None)
+        on_main_process(self.accelerator, self.start_trackers)
         self.accelerator.wait_for_everyone()
+
+    def start_trackers(self) -> None:
+        if self.config.report_to is None:
+            return
+        self.folder.wrote(["logs"])
+        name, settings = self.folder.path.resolve().name, self.config.recipe_values()
+        start_trackers(self.accelerator, settings, name, self.folder.manifest["run_id"], self.first_step)
 
     def steps(self) -> Any:
         """The updates that are still to do, with a progress bar."""
@@ -150,8 +171,9 @@ class Run:
         self.meter.add_update(grad_norm)
         done = step + 1
         is_last, config = done == self.total_steps, self.config
-        if done % config.logging_steps == 0 or is_last:
-            self.log(done, grad_norm)
+        validated = self.validate() if done % config.validation_steps == 0 or is_last else {}
+        if done % config.logging_steps == 0 or is_last or validated:
+            self.log(done, grad_norm, validated)
         if done % (config.save_images_epochs * self.batches.steps_per_epoch) == 0 or is_last:
             self.draw(done)
         if done % config.checkpointing_steps == 0 or (self.save_again and done % config.logging_steps == 0):
@@ -160,7 +182,26 @@ class Run:
         if self.accelerator.num_processes == 1 or done % config.logging_steps == 0:
             self.stop_after_signal(done)
 
-    def log(self, done: int, grad_norm: torch.Tensor) -> None:
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """What is done within does not count for the pictures per second."""
+        began = time.perf_counter()
+        yield
+        self.logged_at += time.perf_counter() - began
+
+    def validate(self) -> dict[str, float]:
+        """The loss on the held-out split, with the weights as they are and with their average."""
+        losses: dict[str, float] = {}
+        if self.validation is None:
+            return losses
+        with self.not_training():
+            for key, ema in {"validation_loss": None, "validation_loss_ema": self.ema}.items():
+                if key == "validation_loss" or ema is not None:
+                    with averaged_weights(self.unet, ema):
+                        losses[key] = self.validation.loss(self.unet)
+        return losses
+
+    def log(self, done: int, grad_norm: torch.Tensor, validated: dict[str, float]) -> None:
         read = self.meter.read(self.accelerator)
         now, pictures = time.perf_counter(), (done - self.logged_step) * self.batches.total_batch_size
         entry = {
@@ -170,12 +211,15 @@ class Run:
             "grad_norm": float(grad_norm),
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
             "pictures_per_second": round(pictures / (now - self.logged_at), 2),
+            "memory_gib": memory_gib(self.accelerator.device),
+            **validated,
         }
         self.logged_at, self.logged_step = now, done
         if self.accelerator.is_main_process:
             self.bar.set_postfix(loss=f"{entry['loss']:.4f}", pictures_per_s=f"{entry['pictures_per_second']:.1f}")
             try:
                 self.folder.log(entry)
+                self.accelerator.log(flat(entry), step=done)
             except WRITE_ERRORS as error:
                 print(f"cannot write the log ({error}); going on", file=sys.stderr)
         if read["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
@@ -187,14 +231,22 @@ class Run:
             )
 
     def draw(self, done: int) -> None:
-        with averaged_weights(self.unet, self.ema):
-            self.last_grid = sample_grid(self.pipeline, self.config)
-        if self.accelerator.is_main_process:
-            try:
-                self.folder.save_grid(self.last_grid, done)
-            except WRITE_ERRORS as error:
-                print(f"cannot write the grid ({error}); going on", file=sys.stderr)
-        self.logged_at, self.logged_step = time.perf_counter(), done  # drawing is no training speed
+        with self.not_training():
+            with averaged_weights(self.unet, self.ema):
+                self.last_grid, strips = sample_grid(self.pipeline, self.config)
+            if self.accelerator.is_main_process:
+                try:
+                    name = f"samples/step-{done:08d}"
+                    self.folder.save_pictures(
+                        {
+                            f"{name}.png": png(self.last_grid),
+                            f"{name}-strips.png": png(strips),
+                            "curves.png": draw_curves(self.folder.read_log()),
+                        }
+                    )
+                    report_pictures(self.accelerator, {"samples": self.last_grid, "strips": strips}, done)
+                except WRITE_ERRORS as error:
+                    print(f"cannot write the grid ({error}); going on", file=sys.stderr)
 
     def stop_after_signal(self, done: int) -> None:
         number = torch.tensor(self.signals.number, device=self.accelerator.device)
@@ -216,8 +268,10 @@ class Run:
         if self.last_grid is None:  # resumed after the last update
             self.draw(self.total_steps)
         with averaged_weights(self.unet, self.ema):
+            weights = self.accelerator.get_state_dict(self.unet)  # of all processes, if they share them out
             if self.accelerator.is_main_process:
-                self.folder.save_pipeline(self.pipeline, render_card(self.pipeline, self.summary(), self.last_grid))
+                pipeline = with_weights(self.pipeline, weights)
+                self.folder.save_pipeline(pipeline, render_card(pipeline, self.summary(), self.last_grid))
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"the pipeline is in {self.folder.path}")
         if not self.config.push_to_hub or not self.accelerator.is_main_process:
@@ -233,7 +287,7 @@ class Run:
             settings=config.recipe_values(),
             dataset=Path(config.train_data_dir or config.dataset_name or "").resolve().name,
             hub_dataset=config.dataset_name if of_the_hub else None,
-            dataset_size=len(self.batches.pictures),
+            dataset_size=self.batches.num_pictures,
             steps=self.total_steps,
             epochs=round(seen, 2),
             samples_seen=round(seen * len(self.batches.pictures)),

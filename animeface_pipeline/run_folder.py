@@ -2,21 +2,21 @@
 
 import json
 import os
+import secrets
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
-from PIL import Image
 from safetensors import SafetensorError
 
 from .cli import BadInput
 from .files import write_aside
-from .hub import png
 from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
 
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
@@ -31,7 +31,9 @@ class RunFolder:
     output_dir/
       run.json              the manifest: the recipe's values, and the names of everything we wrote
       log.jsonl             one line for every `logging_steps` updates
-      samples/              step-00001000.png …
+      samples/              step-00001000.png …, and step-00001000-strips.png: how each came out of the noise
+      curves.png            the log as a picture
+      logs/                 of TensorBoard and other trackers
       checkpoint-1000/ …    to go on from
       model_index.json …    the pipeline, at the end
     ```
@@ -76,6 +78,7 @@ class RunFolder:
             self._remove_what_we_wrote()
         self.path.mkdir(exist_ok=True)
         self.manifest["recipe"] = recipe
+        self.manifest.setdefault("run_id", secrets.token_hex(4))  # by which trackers know it again
         self.wrote(["run.json", "log.jsonl"])
 
     def release(self) -> None:
@@ -102,14 +105,14 @@ class RunFolder:
             path = self.path / name
             if name == "README.md" and path.is_file() and not is_our_card(path.read_text(encoding="utf-8")):
                 continue  # somebody edited it
-            if path.name.startswith("checkpoint-") and path.is_dir():
+            if path.is_dir() and (name == "logs" or name.startswith("checkpoint-")):
                 shutil.rmtree(path)
             elif path.is_file():
                 path.unlink()
         for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
-        self.manifest["wrote"] = []
+        self.manifest = {"program": "animeface_pipeline", "wrote": []}
 
     # ---- log, grids, pipeline: by the main process ----
 
@@ -121,11 +124,12 @@ class RunFolder:
         log = self.path / "log.jsonl"
         return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
-    def save_grid(self, grid: Image.Image, step: int) -> None:
-        name = f"samples/step-{step:08d}.png"
-        (self.path / "samples").mkdir(exist_ok=True)
-        write_aside(self.path / name, png(grid))
-        self.wrote([name])
+    def save_pictures(self, pictures: dict[str, bytes]) -> None:
+        """Write PNGs by name."""
+        for name, data in pictures.items():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            write_aside(self.path / name, data)
+        self.wrote(pictures)
 
     def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes]) -> None:
         pipeline.save_pretrained(self.path, card=card)
@@ -138,30 +142,43 @@ class RunFolder:
         """Write a checkpoint aside, rename it, then drop the oldest. Says so and returns `False` if it cannot."""
         name = f"checkpoint-{step}"
         aside = self.path / f"{name}.part"
-        error: str | None = None
-        try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path.mkdir(parents=True, exist_ok=True)
+
+        def clear() -> None:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            aside.mkdir(parents=True)
+
+        def write() -> None:
             self.accelerator.save_state(str(aside))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-                log = self.path / "log.jsonl"
-                state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
-                write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
-                shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
-                os.replace(aside, self.path / name)
-                self.wrote([name])
-                for old in self.checkpoints()[:-keep]:
-                    shutil.rmtree(old, ignore_errors=True)
-        except WRITE_ERRORS as caught:
-            error = str(caught).splitlines()[0]
-        if error is not None:
+
+        def publish() -> None:
+            sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
+            log = self.path / "log.jsonl"
+            state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
+            write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
+            shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
+            os.replace(aside, self.path / name)
+            self.wrote([name])
+            for old in self.checkpoints()[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        is_main = self.accelerator.is_main_process
+        error = None
+        for stage, by_all in ((clear, False), (write, True), (publish, False)):
+            if error is None:
+                error = self._error_of_any(stage if by_all or is_main else lambda: None)
+        if error is not None and is_main:
             shutil.rmtree(aside, ignore_errors=True)
             print(f"cannot save {self.path / name} ({error}); going on, and trying again later", file=sys.stderr)
-        self.accelerator.wait_for_everyone()
         return error is None
+
+    def _error_of_any(self, function: Callable[[], None]) -> str | None:
+        """Call it in every process; all of them hear of an error that any of them met, so that none waits for ever."""
+        error = None
+        try:
+            function()
+        except WRITE_ERRORS as caught:
+            error = str(caught).splitlines()[0]
+        return next((each for each in gather_object([error]) if each is not None), None)
 
     def resume(self, which: str) -> int:
         """Load the checkpoint `latest`, or the named one; returns the updates done, 0 if there is none."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -16,13 +17,17 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .cli import BadInput
 from .config import TrainingConfig
 from .dataset import Batch, Batches, load_pictures, stream_seed
-from .images import image_grid
+from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import original_scheduler, switch_scheduler
+from .speed import prepare_for_training
+from .streaming import build_streamed_batches
 from .unet_animeface import AnimeFaceUNet2DModel
 
 # ---- building ----
@@ -36,6 +41,7 @@ def build_pipeline(config: TrainingConfig) -> AnimeFacePipeline:
     pipeline = _new_or_saved_pipeline(config)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
+    prepare_for_training(pipeline.unet, config)
     return pipeline
 
 
@@ -83,29 +89,35 @@ def _read_network_config(name_or_path: str) -> dict[str, Any]:
 
 def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_scheduler: DDPMScheduler) -> Batches:
     """Decode the pictures once on each machine, put them on the GPU if they take less than a quarter of its memory."""
+    options: dict[str, Any] = {
+        "value_range": config.value_range,
+        "random_flip": config.random_flip,
+        "num_train_timesteps": noise_scheduler.config.num_train_timesteps,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+        "device": accelerator.device,
+    }
+    if config.streaming:
+        return build_streamed_batches(config, **options)
+    pictures = load_split(config, accelerator, "train")
+    if accelerator.device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
+        pictures = pictures.to(accelerator.device)
+    return Batches(pictures, config.train_batch_size, config.seed, **options)
+
+
+def load_split(config: TrainingConfig, accelerator: Accelerator, split: str) -> torch.Tensor:
+    """The decoded pictures of a split; the first process of each machine decodes them for all."""
     with accelerator.local_main_process_first():
-        pictures = load_pictures(
+        return load_pictures(
             config.train_data_dir,
             config.dataset_name,
             config.dataset_config_name,
+            split=split,
             resolution=config.resolution,
             cache_dir=config.cache_dir,
             show_progress=accelerator.is_local_main_process,
         )
-    if accelerator.device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
-        pictures = pictures.to(accelerator.device)
-    return Batches(
-        pictures,
-        config.train_batch_size,
-        config.seed,
-        value_range=config.value_range,
-        random_flip=config.random_flip,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        device=accelerator.device,
-    )
 
 
 def build_optimizer(
@@ -129,17 +141,41 @@ def build_optimizer(
     return optimizer, lr_scheduler
 
 
-def build_ema(config: TrainingConfig, unet: torch.nn.Module) -> EMAModel | None:
+class EMA(EMAModel):
+    """Diffusers' moving average of the weights, saved whole and loaded in place, also when they are sharded."""
+
+    shadow_params: list[torch.Tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "shadow_params": [whole(tensor) for tensor in self.shadow_params]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        in_place = self.shadow_params  # on their device, sharded as the weights are
+        super().load_state_dict(state_dict)
+        for tensor, loaded in zip(in_place, self.shadow_params):
+            loaded = loaded.to(tensor.device)
+            if isinstance(tensor, DTensor):
+                loaded = distribute_tensor(loaded, tensor.device_mesh, tensor.placements)
+            tensor.copy_(loaded)
+        self.shadow_params = in_place
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or (on all processes together) what its shards make up."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def build_ema(config: TrainingConfig, unet: torch.nn.Module) -> EMA | None:
     """The moving average of the weights, if the config wants one."""
     if not config.use_ema:
         return None
-    return EMAModel(
+    return EMA(
         unet.parameters(),
         decay=config.ema_max_decay,
         use_ema_warmup=True,
         inv_gamma=config.ema_inv_gamma,
         power=config.ema_power,
-        foreach=True,
+        foreach=not any(isinstance(tensor, DTensor) for tensor in unet.parameters()),  # there it lacks a copy
     )
 
 
@@ -196,7 +232,7 @@ def update(
         optimizer.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return grad_norm.detach()
+    return whole(grad_norm.detach())
 
 
 class Meter:
@@ -244,7 +280,7 @@ class Meter:
 
 
 @contextmanager
-def averaged_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+def averaged_weights(unet: torch.nn.Module, ema: EMA | None) -> Iterator[None]:
     """Within, the network holds the averaged weights (if any) and is in eval mode; after, it is as it was."""
     unet.eval()
     if ema is not None:
@@ -253,20 +289,36 @@ def averaged_weights(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[No
     try:
         yield
     finally:
+        for module in unet.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # some weights stay whole after a forward pass
         if ema is not None:
             ema.restore(unet.parameters())
         unet.train()
 
 
-def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> Image.Image:
-    """`eval_batch_size` pictures from the same noise every time, as a grid in true colours."""
+def with_weights(pipeline: AnimeFacePipeline, weights: dict[str, torch.Tensor]) -> AnimeFacePipeline:
+    """The pipeline around a network of its own that holds these very tensors."""
+    with torch.device("meta"):
+        unet = AnimeFaceUNet2DModel.from_config(pipeline.unet.config)
+    unet.load_state_dict(weights, assign=True)
+    return AnimeFacePipeline(unet.eval(), pipeline.scheduler, pipeline.value_range)
+
+
+def sample_grid(pipeline: AnimeFacePipeline, config: TrainingConfig) -> tuple[Image.Image, Image.Image]:
+    """Pictures from the same noise every time, in true colours: as a grid, and how each came about."""
     scheduler = switch_scheduler(pipeline.scheduler, config.eval_scheduler, config.ddpm_num_inference_steps)
     sampler = AnimeFacePipeline(pipeline.unet, scheduler, pipeline.value_range)
     sampler.set_progress_bar_config(desc="sampling", leave=False)
     seeds = (stream_seed(config.seed, "grid", k) for k in range(config.eval_batch_size))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = sampler(config.eval_batch_size, generators, config.ddpm_num_inference_steps, return_dict=False)[0]
-    return image_grid(images)
+    images, strips = denoising_strips(
+        sampler,
+        batch_size=config.eval_batch_size,
+        generator=generators,
+        num_inference_steps=config.ddpm_num_inference_steps,
+    )
+    return image_grid(images), image_grid(strips, columns=1)
 
 
 def describe(
@@ -277,14 +329,21 @@ def describe(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
     size = pipeline.unet.config.sample_size
+    number = "a stream" if batches.num_pictures is None else f"{batches.num_pictures:,}"
     lines = {
         "device": f"{accelerator.num_processes} × {name}, mixed precision {config.mixed_precision}",
         "network": f"{parameters:,} parameters, {size}×{size}, values in {pipeline.value_range}",
-        "pictures": f"{len(batches.pictures):,} from {config.train_data_dir or config.dataset_name}",
+        "pictures": f"{number} from {config.train_data_dir or config.dataset_name}",
         "steps": f"{total_steps:,} of {batches.total_batch_size} pictures, {batches.steps_per_epoch:,} an epoch",
         "recipe": f"{config.config}, learning rate {config.learning_rate:g}, EMA {'on' if config.use_ema else 'off'}",
     }
     return "\n".join(f"  {key + ':':10}{value}" for key, value in lines.items())
+
+
+def memory_gib(device: torch.device) -> float:
+    """What the GPU held at most until now, or (on a CPU) what this process holds now, in GiB."""
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return round(held / 2**30, 3)
 
 
 def unused_gpu() -> str | None:

@@ -72,6 +72,7 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _repeated_blocks = ["ResnetBlock2D", "Attention"]  # for `compile_repeated_blocks`
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config

@@ -10,20 +10,17 @@ ten times a second; what they share is counted once for each of them.
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from hardware import machine
 from PIL import Image
 from tqdm import tqdm
-
-PACKAGES = ("animeface-pipeline", "imagehash", "numpy", "pillow", "scipy")
 
 
 def main() -> None:
@@ -43,8 +40,7 @@ def main() -> None:
             print(runs[-1])
     first, last = runs[0], runs[-1]
     result = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        **machine("animeface-pipeline", "imagehash", "numpy", "pillow", "scipy"),
         "num_proc": args.num_proc,
         "runs": runs,
         "memory_last_to_first": round(last["peak_memory_mb"] / first["peak_memory_mb"], 3),
@@ -93,14 +89,6 @@ def resident_size(process: psutil.Process) -> int:
     except psutil.NoSuchProcess:  # it ended meanwhile
         pass
     return total
-
-
-def processor() -> str:
-    """The processor's name; Linux tells it in a file, the others through `platform`."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -4,16 +4,24 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from trainer import TINY_RECIPE, Trainer
+from trainer import TINY_RECIPE, Trainer, make_faces
 
+ROOT = Path(__file__).resolve().parent.parent
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+FSDP2 = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/fsdp2.yaml")
+LAUNCHERS = {
+    "DDP": {"launcher": TWO_PROCESSES, "ACCELERATE_USE_CPU": "true"},
+    "FSDP2": {"launcher": FSDP2, "program": ROOT / "tests" / "fsdp_on_cpu.py", "cwd": ROOT},
+}
 
 
-def run(trainer: Trainer, *flags: object) -> str:
-    process = trainer.start(*flags, launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+def run(trainer: Trainer, how: str, *flags: object) -> str:
+    process = trainer.start(*flags, **LAUNCHERS[how])
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
     return printed
@@ -24,24 +32,33 @@ def assert_close_logs(one: list[dict], two: list[dict]) -> None:
     for first, second in zip(one, two):
         for key in ("loss", "grad_norm", "learning_rate", "epoch"):
             assert first[key] == pytest.approx(second[key], rel=1e-5), (first["step"], key)
+        assert first.get("validation_loss", 0) == pytest.approx(second.get("validation_loss", 0), rel=1e-4)
         assert first["loss_by_quartile"] == pytest.approx(second["loss_by_quartile"], abs=2e-6)
 
 
-def test_two_processes_against_one_and_against_themselves_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", LAUNCHERS)
+def test_two_processes_against_one_and_against_themselves_resumed(how: str, tmp_path: Path) -> None:
     unet = {**TINY_RECIPE["unet"], "dropout": 0.0}  # dropout masks are drawn by each process for itself
     trainer = Trainer(tmp_path, unet=unet, max_train_steps=6, train_batch_size=2)
     alone, two, resumed = tmp_path / "alone", tmp_path / "two", tmp_path / "resumed"
+    trainer.faces.rename(tmp_path / "train")
+    trainer.faces.mkdir()
+    (tmp_path / "train").rename(trainer.faces / "train")
+    make_faces(trainer.faces / "validation", 4)
     assert trainer("--output_dir", alone, "--train_batch_size", 4) == 0
-    printed = run(trainer, "--output_dir", two)
+    printed = run(trainer, how, "--output_dir", two)
     assert printed.count("recipe:") == 1 and "2 × 1 CPU threads" in printed
+    assert "validation_loss_ema" in trainer.log(two)[-1]
     assert_close_logs(trainer.log(alone), trainer.log(two))
     # The weights may differ by a learning rate where the gradient is nothing but rounding: Adam takes its sign.
+    grids = [np.asarray(Image.open(folder / "samples/step-00000006.png"), float) for folder in (alone, two)]
+    assert np.abs(grids[0] - grids[1]).mean() < 1  # of 255
 
     # from the middle: as if the second half had never been
     shutil.copytree(two, resumed)
     shutil.rmtree(resumed / "checkpoint-6")
     assert "checkpoint-4, 4 updates done" in run(
-        trainer, "--output_dir", resumed, "--resume_from_checkpoint", "latest"
+        trainer, how, "--output_dir", resumed, "--resume_from_checkpoint", "latest"
     )
     assert_close_logs(trainer.log(two), trainer.log(resumed))
     whole, other = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (two, resumed))
@@ -52,7 +69,7 @@ def test_of_two_processes_one_refuses_bad_input_for_both(tmp_path: Path) -> None
     trainer = Trainer(tmp_path)
     trainer.output.mkdir()
     (trainer.output / "thesis.txt").write_text("mine")
-    process = trainer.start(launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    process = trainer.start(**LAUNCHERS["DDP"])
     printed, _ = process.communicate(timeout=200)
     assert process.returncode != 0
     assert printed.count("error: --output_dir") == 1 and "holds something that is not a training run" in printed

@@ -145,7 +145,7 @@ def test_the_average_is_what_is_sampled_and_the_weights_come_back() -> None:
     with averaged_weights(unet, ema):
         assert not unet.training  # the original stays in this mode by accident, and so loses its dropout
         assert all(torch.equal(tensor, start[name]) for name, tensor in unet.state_dict().items())
-        grid = sample_grid(AnimeFacePipeline(unet, original_scheduler()), config)
+        grid, _ = sample_grid(AnimeFacePipeline(unet, original_scheduler()), config)
     assert unet.training and grid.size == (32, 32)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in unet.state_dict().items())
 
@@ -153,9 +153,10 @@ def test_the_average_is_what_is_sampled_and_the_weights_come_back() -> None:
 def test_a_sample_grid_comes_from_fixed_noise() -> None:
     config = config_of("--eval_batch_size", "4", "--ddpm_num_inference_steps", "3")
     pipeline = AnimeFacePipeline(tiny_unet(), original_scheduler())
-    first = sample_grid(pipeline, config)
+    first, strips = sample_grid(pipeline, config)
     torch.randn(5)
-    assert sample_grid(pipeline, config).tobytes() == first.tobytes()
+    again = sample_grid(pipeline, config)
+    assert [picture.tobytes() for picture in again] == [first.tobytes(), strips.tobytes()]
 
 
 def test_the_originals_recipe_builds_the_originals_network() -> None:

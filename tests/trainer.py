@@ -75,10 +75,18 @@ class Trainer:
         reset_accelerate()
         return ended.value.code
 
-    def start(self, *flags: object, launcher: tuple[str, ...] = (sys.executable,), **env: str) -> subprocess.Popen:
+    def start(
+        self,
+        *flags: object,
+        launcher: tuple[str, ...] = (sys.executable,),
+        program: Path = PROGRAM,
+        cwd: Path | None = None,
+        **env: str,
+    ) -> subprocess.Popen:
         """In a process of its own."""
         return subprocess.Popen(
-            [*launcher, str(PROGRAM), *self.argv(*map(str, flags))],
+            [*launcher, str(program), *self.argv(*map(str, flags))],
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

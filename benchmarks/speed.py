@@ -1,0 +1,369 @@
+"""How fast the network trains and samples, beside the original's way and Diffusers' way: one command for each table.
+
+    python benchmarks/speed.py training --output_file training.json
+    python benchmarks/speed.py forward --output_file forward.json
+    python benchmarks/speed.py sampling --num_inference_steps 1000 20 --output_file sampling.json
+    python benchmarks/speed.py memory --output_file memory.json
+    python benchmarks/speed.py growth --output_file growth.json
+
+The variants take turns, `--repeats` times in one run, after each was run once to warm up; shown are the median, the
+least and the most, and the ratio of the medians to the first row. The roof is a large matrix product in the same
+number format, and a copy in the device's memory, in the same run. On a GPU the full-size network and batches of 64; on
+a CPU batches of 4, unless told otherwise. `--device` chooses; `--tiny` takes a very small network, to try it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from hardware import machine
+
+from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
+from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
+
+GFLOP_FORWARD, GFLOP_TRAINING = 32.2, 96.7  # of the full-size network for one picture of 64×64
+FULL = {"block_out_channels": (64, 128, 256, 1024), "attention_levels": (False, False, True, True)}
+TINY = {"block_out_channels": (8, 16), "attention_levels": (False, True), "norm_num_groups": 8}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the network: the original's, or with some of our levers."""
+
+    precision: torch.dtype = torch.float32
+    channels_last: bool = False
+    compile_mode: str | None = None
+    optimizer: str = "fused"  # "adam": the original's
+    ema: bool = False
+    waits: bool = False  # reads the loss after every step, as the original does
+    diffusers: bool = False  # a UNet2DModel of the same widths, in a loop as in Diffusers' example
+    gradient_checkpointing: bool = False
+
+
+AS_ORIGINAL = Variant(optimizer="adam", waits=True)
+BF16 = torch.bfloat16
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "forward": {
+        "as the original": AS_ORIGINAL,
+        "Diffusers' UNet2DModel": Variant(diffusers=True),
+        "ours": Variant(),
+        "ours, channels last": Variant(channels_last=True),
+        "ours, bf16": Variant(precision=BF16),
+        "ours, bf16, channels last": Variant(precision=BF16, channels_last=True),
+        "ours, bf16, channels last, compiled": Variant(precision=BF16, channels_last=True, compile_mode="default"),
+    },
+    "training": {
+        "as the original": AS_ORIGINAL,
+        "Diffusers' way": Variant(diffusers=True, optimizer="adam", ema=True, waits=True),
+        "ours": Variant(ema=True),
+        "ours, channels last": Variant(ema=True, channels_last=True),
+        "ours, bf16": Variant(ema=True, precision=BF16),
+        "ours, bf16, channels last": Variant(ema=True, precision=BF16, channels_last=True),
+        "ours, bf16, channels last, compiled": Variant(
+            ema=True, precision=BF16, channels_last=True, compile_mode="default"
+        ),
+    },
+}
+SAMPLING = {  # name: variant, scheduler; the step counts come from the command line, the first one for the original
+    "as the original": (AS_ORIGINAL, "ddpm"),
+    "ours, channels last": (Variant(channels_last=True), "ddpm"),
+    "ours, bf16, channels last, CUDA graphs": (
+        Variant(precision=BF16, channels_last=True, compile_mode="reduce-overhead"),
+        "ddpm",
+    ),
+}
+FEW_STEPS = ("unipc", "dpmsolver++")
+
+
+# ---- running a variant ----
+
+
+def build_network(variant: Variant, args: argparse.Namespace) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = TINY if args.tiny else FULL
+    if variant.diffusers:
+        attention = config["attention_levels"]
+        unet: torch.nn.Module = UNet2DModel(
+            sample_size=args.size,
+            block_out_channels=config["block_out_channels"],
+            down_block_types=tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in attention),
+            up_block_types=tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
+            norm_num_groups=config.get("norm_num_groups", 32),
+        )
+    else:
+        unet = AnimeFaceUNet2DModel(sample_size=args.size, **config)
+    unet.to(args.device)
+    if variant.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if variant.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if variant.compile_mode is not None:
+        unet.compile(mode=variant.compile_mode, dynamic=False)
+    return unet
+
+
+def autocast(variant: Variant, args: argparse.Namespace) -> torch.autocast:
+    half = variant.precision != torch.float32
+    return torch.autocast(args.device, variant.precision if half else BF16, enabled=half)
+
+
+def build_forward(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+    unet = build_network(variant, args).eval()
+    sample = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device)
+    timestep = torch.full((args.batch_size,), 500, device=args.device)
+
+    @torch.no_grad()
+    def step() -> None:
+        with autocast(variant, args):
+            unet(sample, timestep)
+
+    return step
+
+
+def build_training(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+    """One update on given pictures, with everything that training does to the weights."""
+    from diffusers.training_utils import EMAModel
+
+    unet, scheduler = build_network(variant, args).train(), original_scheduler()
+    if variant.optimizer == "adam":
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(unet.parameters(), lr=1e-5)
+    else:
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    ema = EMAModel(unet.parameters(), foreach=not variant.diffusers) if variant.ema else None
+    pictures = torch.rand(args.batch_size, 3, args.size, args.size, device=args.device)
+
+    def step() -> None:
+        noise = torch.randn_like(pictures)
+        timesteps = torch.randint(1000, (len(pictures),), device=args.device)
+        noisy = scheduler.add_noise(pictures, noise, timesteps)
+        with autocast(variant, args):
+            prediction = unet(noisy, timesteps).sample
+        loss = F.mse_loss(prediction.float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.step(unet.parameters())
+        if variant.waits:
+            loss.item()
+
+    return step
+
+
+def wait(args: argparse.Namespace) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(step: Callable[[], None], args: argparse.Namespace) -> float:
+    """Of one step, over as many as `--steps` says."""
+    wait(args)
+    begin = time.perf_counter()
+    for _ in range(args.steps):
+        step()
+    wait(args)
+    return (time.perf_counter() - begin) / args.steps
+
+
+def in_turn(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
+    for name, step in steps.items():
+        print(f"warming up: {name}", file=sys.stderr)
+        step()
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(step, args))
+    return times
+
+
+def roof(args: argparse.Namespace) -> dict[str, float]:
+    """What the device can do at most, measured: TFLOP/s of a matrix product by format, GB/s of a copy."""
+    size = 8192 if args.device == "cuda" else 2048
+    result = {}
+    for name, dtype in {"float32": torch.float32, "bfloat16": BF16}.items():
+        one, other = (torch.randn(size, size, device=args.device, dtype=dtype) for _ in range(2))
+        fastest = min(seconds(lambda one=one, other=other: one @ other, args) for _ in range(5))
+        result[f"{name}_tflops"] = round(2 * size**3 / fastest / 1e12, 3)
+    source = torch.empty(2**28, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+    fastest = min(seconds(lambda: target.copy_(source), args) for _ in range(5))
+    result["copy_gb_per_second"] = round(2 * len(source) / fastest / 1e9, 1)
+    return result
+
+
+# ---- the tables ----
+
+
+def forward_or_training(args: argparse.Namespace) -> dict[str, Any]:
+    build = build_forward if args.table == "forward" else build_training
+    variants = {name: v for name, v in VARIANTS[args.table].items() if args.compile or v.compile_mode is None}
+    times = in_turn({name: build(variant, args) for name, variant in variants.items()}, args)
+    limits, gflop = roof(args), GFLOP_FORWARD if args.table == "forward" else GFLOP_TRAINING
+    rows = {}
+    for name, values in times.items():
+        row = summary(values, times["as the original"])
+        row["pictures_per_second"] = round(args.batch_size / row["median_s"], 2)
+        if not args.tiny and not variants[name].diffusers:
+            format_name = "float32" if variants[name].precision == torch.float32 else "bfloat16"
+            row["tflops"] = round(gflop * row["pictures_per_second"] / 1000, 3)
+            row["of_roof"] = round(row["tflops"] / limits[f"{format_name}_tflops"], 3)
+        rows[name] = row
+    return {"rows": rows, "roof": limits, "batch_size": args.batch_size}
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    most, *few = args.num_inference_steps
+    variants = {name: v for name, v in SAMPLING.items() if args.compile or v[0].compile_mode is None}
+    calls = {}
+    for name, (variant, scheduler) in variants.items():
+        unet = build_network(variant, args).eval()
+        unet.to(dtype=variant.precision)
+        plans = [(scheduler, most)]
+        if name != "as the original":
+            plans += [(solver, number) for number in few for solver in FEW_STEPS]
+        for solver, number in plans:
+            pipe = AnimeFacePipeline(unet, switch_scheduler(original_scheduler(), solver, number))
+            pipe.set_progress_bar_config(disable=True)
+
+            def draw(pipe: AnimeFacePipeline = pipe, number: int = number) -> None:
+                pipe(args.batch_size, torch.Generator().manual_seed(0), num_inference_steps=number)
+
+            calls[f"{name}, {solver}, {number} steps"] = draw
+    times = in_turn(calls, args)
+    first = next(iter(times.values()))
+    return {"rows": {name: summary(values, first) for name, values in times.items()}, "batch_size": args.batch_size}
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """The peak of a process that does two steps, for one picture and for `--batch_size`; each in its own process."""
+    rows = {}
+    for name, checkpointing in (("training", False), ("training, gradient checkpointing", True), ("sampling", False)):
+        peaks = []
+        for batch_size in (1, args.batch_size):
+            flags = ["--batch_size", batch_size, *(["--gradient_checkpointing"] if checkpointing else [])]
+            flags += ["--tiny"] if args.tiny else []
+            kind = "forward" if name == "sampling" else "training"
+            command = [sys.executable, __file__, "peak", "--kind", kind, "--device", args.device, *map(str, flags)]
+            peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        each = (peaks[1] - peaks[0]) / max(args.batch_size - 1, 1)
+        rows[name] = {"one_picture_gib": peaks[0], "batch_gib": peaks[1], "each_further_picture_gib": round(each, 4)}
+        if args.device == "cuda":
+            rows[name] |= {f"largest_batch_{n}_gib": int((n * 0.95 - peaks[0]) / each) + 1 for n in (8, 16, 24)}
+    return {"rows": rows, "batch_size": args.batch_size}
+
+
+def peak(args: argparse.Namespace) -> None:
+    """Print the peak memory of two steps, in GiB."""
+    variant = Variant(channels_last=True, ema=True, gradient_checkpointing=args.gradient_checkpointing)
+    step = (build_forward if args.kind == "forward" else build_training)(variant, args)
+    step()
+    step()
+    if args.device == "cuda":
+        held = torch.cuda.max_memory_allocated()
+    elif sys.platform == "linux":
+        import resource
+
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        held = psutil.Process().memory_info().peak_wset  # Windows
+    print(round(held / 2**30, 3))
+
+
+def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """Time of a forward pass at four batch sizes, and of the order of an epoch at four numbers of pictures."""
+    sizes = [args.batch_size * factor for factor in (1, 2, 4, 8)]
+    steps = {}
+    for size in sizes:
+        steps[size] = build_forward(
+            Variant(channels_last=True), argparse.Namespace(**{**vars(args), "batch_size": size})
+        )
+    times = in_turn({str(size): step for size, step in steps.items()}, args)
+    rows = {}
+    for size in sizes:
+        row = summary(times[str(size)], times[str(sizes[0])])
+        rows[f"batch of {size}"] = {**row, "ms_per_picture": round(row["median_s"] / size * 1000, 1)}
+    return {"rows": rows, "batch_size": args.batch_size}
+
+
+def summary(values: list[float], first: list[float]) -> dict[str, float]:
+    middle = statistics.median(values)
+    return {
+        "median_s": round(middle, 4),
+        "least_s": round(min(values), 4),
+        "most_s": round(max(values), 4),
+        "times_first": round(statistics.median(first) / middle, 2),
+    }
+
+
+TABLES = {
+    "forward": forward_or_training,
+    "training": forward_or_training,
+    "sampling": sampling,
+    "memory": memory,
+    "growth": growth,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=[*TABLES, "peak"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="in each turn (default: 1 on a CPU, 10 on a GPU)")
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[1000, 20])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--kind", choices=["forward", "training"], default="training", help="of `peak`")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="of `peak`")
+    parser.add_argument("--output_file", type=Path)
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    args.size = 16 if args.tiny else 64
+    args.batch_size = args.batch_size or ((16 if args.table == "sampling" else 64) if on_gpu else 4)
+    args.steps = args.steps or (10 if on_gpu and args.table != "sampling" else 1)
+    args.compile = on_gpu if args.compile is None else args.compile
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    if args.table == "peak":
+        return peak(args)
+
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
+        **machine("animeface-pipeline", "torch", "diffusers", "accelerate"),
+        "repeats": args.repeats,
+        **TABLES[args.table](args),
+    }
+    if args.output_file:
+        args.output_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print_table(result)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """As Markdown, ready for RESULTS.md."""
+    where = {**result["machine"], **result["versions"]}
+    print(f"`{result['command']}`: {result['device']}, batch of {result['batch_size']}, {result['repeats']} turns")
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    if "roof" in result:
+        print("roof: " + ", ".join(f"{key} {value}" for key, value in result["roof"].items()))
+    columns = list(dict.fromkeys(key for row in result["rows"].values() for key in row))
+    print(f"\n| | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
+    for name, row in result["rows"].items():
+        print(f"| {name} | {' | '.join(str(row.get(key, '')) for key in columns)} |")
+
+
+if __name__ == "__main__":
+    main()

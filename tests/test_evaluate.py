@@ -1,0 +1,403 @@
+"""The command from end to end: a tiny pipeline, tiny pictures, a feature network trained for five steps."""
+
+import importlib.util
+import json
+import re
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from animeface_pipeline import AnimeFacePipeline, evaluate, generate, in_domain
+from animeface_pipeline.cli import BadInput
+from animeface_pipeline.distances import compute_features, feature_distances, inception, sha256_of
+from animeface_pipeline.hub import add_results
+from animeface_pipeline.pipeline_animeface import is_our_card
+from animeface_pipeline.schedulers import original_scheduler
+
+pytest.importorskip("torchmetrics", reason="the extra eval is not installed")
+
+
+def save_pictures(folder: Path, number: int, seed: int, brightness: int = 0) -> Path:
+    """Smooth random pictures, 16×16."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for k in range(number):
+        small = random.integers(0, 256 - brightness, (4, 4, 3), dtype=np.uint8) + np.uint8(brightness)
+        Image.fromarray(small).resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{k:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(evaluate, "RECIPE", {**in_domain.RECIPE, "train_steps": 5, "train_batch_size": 8})
+    save_pictures(tmp_path / "real" / "train", 40, seed=0)
+    save_pictures(tmp_path / "real" / "validation", 10, seed=1)
+    return tmp_path / "real"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    AnimeFacePipeline(tiny_unet(), original_scheduler(), value_range=(-300, 300)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(model: Path, reference: Path, output_dir: Path, *flags: object) -> int:
+    """The command's exit code; eight pictures of three steps unless `flags` say otherwise."""
+    paths = [str(model), f"--reference={reference}", f"--output_dir={output_dir}"]
+    paths.append(f"--cache_dir={reference.parent / 'cache'}")
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*paths, "--num_images=8", "--num_inference_steps=3", *map(str, flags)])
+    return exit.value.code
+
+
+def result(output_dir: Path) -> dict[str, Any]:
+    return json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def error_line(capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr, besides progress bars and warnings."""
+    lines = [
+        line
+        for line in re.split(r"[\r\n]+", capsys.readouterr().err)
+        if line.strip() and not line.startswith("warning:") and not re.search(r"\d+%\|", line)
+    ]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- the whole command ----
+
+
+def test_everything_is_measured_and_written(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(model, reference, tmp_path / "out", "--seed=5", "--scheduler=ddim") == 0
+    said = capsys.readouterr()
+    for words in ("in-domain Fréchet distance", "colour deviation", "power spectrum", "suspected copies"):
+        assert words in said.out
+    assert "FID" not in said.out
+    assert "warning: 8 pictures are few" in said.err
+
+    found = result(tmp_path / "out")
+    assert (found["num_images"], found["model"]["seed"], found["model"]["scheduler"]) == (8, 5, "DDIMScheduler")
+    assert found["reference"]["num_pictures"] == 40
+    assert found["reference"]["num_held_out"] == 10
+    assert found["in_domain"]["recipe"]["train_steps"] == 5
+    assert found["in_domain"]["frechet_distance"] > found["in_domain"]["floor"]
+    assert "--seed=5" in found["command"]
+    assert {"torch", "torchmetrics", "animeface-pipeline"} <= set(found["versions"])
+    for digest in (found["model"]["weights_sha256"], found["in_domain"]["weights_sha256"], found["pictures_sha256"]):
+        assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert Image.open(tmp_path / "out" / "closest.png").size == (6 * 16, 4 * 16)
+    assert len(list((tmp_path / "out").glob("seed-*.png"))) == 8
+
+
+def test_the_batch_size_does_not_matter(model: Path, reference: Path, tmp_path: Path) -> None:
+    assert run(model, reference, tmp_path / "one", "--batch_size=3") == 0
+    assert run(model, reference, tmp_path / "other", "--batch_size=8") == 0
+    one, other = (
+        torch.stack([evaluate.read_png(file) for file in sorted((tmp_path / name).glob("seed-*.png"))]).int()
+        for name in ("one", "other")
+    )
+    assert (one - other).abs().max() <= 1
+    distances = [result(tmp_path / name)["in_domain"]["frechet_distance"] for name in ("one", "other")]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-2)
+
+
+def test_a_stopped_run_goes_on_and_more_pictures_may_follow(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_png = generate.save_png
+
+    def save_and_stop(picture: Image.Image, file: Path, metadata: dict) -> None:
+        save_png(picture, file, metadata)
+        if file.name == "seed-000002.png":
+            signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "save_png", save_and_stop)
+        assert run(model, reference, out) == 130
+    assert "the same command goes on" in error_line(capsys)
+    assert not (out / "evaluation.json").exists()
+    kept = {file.name: file.stat().st_mtime_ns for file in out.glob("seed-*.png")}
+    assert len(kept) == 3
+
+    assert run(model, reference, out) == 0
+    assert run(model, reference, tmp_path / "at once") == 0
+    assert result(out)["pictures_sha256"] == result(tmp_path / "at once")["pictures_sha256"]
+    assert result(out)["in_domain"] == result(tmp_path / "at once")["in_domain"]
+
+    assert run(model, reference, out, "--num_images=10") == 0
+    assert result(out)["num_images"] == 10
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    capsys.readouterr()
+    assert run(model, reference, out, "--seed=1") == 2
+    assert "differs in seed" in error_line(capsys)
+
+
+def test_network_and_features_of_the_reference_are_kept_by_its_content(
+    model: Path, reference: Path, tmp_path: Path
+) -> None:
+    assert run(model, reference, tmp_path / "first") == 0
+    cache = tmp_path / "cache"
+    kept = {
+        file: file.stat().st_mtime_ns for folder in ("in-domain", "features") for file in (cache / folder).iterdir()
+    }
+    assert len(kept) == 2
+    moved = reference.rename(tmp_path / "moved")
+    assert run(model, moved, tmp_path / "second") == 0
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    first, second = result(tmp_path / "first"), result(tmp_path / "second")
+    assert first["in_domain"] == second["in_domain"]
+    (moved / "train" / "000.png").unlink()
+    assert run(model, moved, tmp_path / "third") == 0
+    assert len(list((cache / "in-domain").iterdir())) == 2
+    assert result(tmp_path / "third")["reference"]["sha256"] != first["reference"]["sha256"]
+
+
+def test_a_folder_of_pictures_is_judged_like_a_model(reference: Path, tmp_path: Path) -> None:
+    save_pictures(tmp_path / "alike", 8, seed=2)
+    save_pictures(tmp_path / "bright", 8, seed=2, brightness=150)
+    for name in ("alike", "bright"):
+        assert run(tmp_path / name, reference, tmp_path / f"of {name}") == 0
+    alike, bright = (result(tmp_path / f"of {name}") for name in ("alike", "bright"))
+    assert alike["num_images"] == 8
+    assert alike["in_domain"]["frechet_distance"] < bright["in_domain"]["frechet_distance"]
+    assert alike["statistics"]["colour mean"]["passes"]
+    assert not bright["statistics"]["colour mean"]["passes"]
+
+
+def test_of_a_folder_that_generate_wrote_the_grid_is_left_out(model: Path, reference: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        generate.main([str(model), f"--output_dir={tmp_path / 'drawn'}", "--num_images=8", "--num_inference_steps=3"])
+    assert (tmp_path / "drawn" / "8-imgs-final.png").is_file()
+    assert run(tmp_path / "drawn", reference, tmp_path / "of drawn") == 0
+    assert run(model, reference, tmp_path / "at once") == 0
+    assert result(tmp_path / "of drawn")["num_images"] == 8
+    assert result(tmp_path / "of drawn")["in_domain"] == result(tmp_path / "at once")["in_domain"]
+
+
+def test_without_held_out_pictures_memorisation_is_not_measured(model: Path, reference: Path, tmp_path: Path) -> None:
+    assert run(model, reference / "train", tmp_path / "out") == 0
+    assert "memorisation" not in result(tmp_path / "out")
+    assert not (tmp_path / "out" / "closest.png").exists()
+
+
+# ---- bad input ----
+
+
+def test_no_such_reference(model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(model, tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "--reference" in (line := error_line(capsys))
+    assert "no such folder" in line
+    assert not (tmp_path / "out").exists()  # nothing was drawn in vain
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_images=0"], "at least 1"),
+        (["--feature_weights=x.pth"], "add --fid"),
+        (["--scheduler=magic"], "--scheduler"),
+    ],
+)
+def test_bad_flags(
+    flags: list[str], words: str, model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(model, reference, tmp_path / "out", *flags) == 2
+    assert words in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "extra"), [("torchmetrics", [], "[eval]"), ("torch_fidelity", ["--fid"], "[fid]")]
+)
+def test_a_missing_extra_is_named_before_anything_is_drawn(
+    module: str,
+    flags: list[str],
+    extra: str,
+    model: Path,
+    reference: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == module else find_spec(name, *rest)
+    )
+    assert run(model, reference, tmp_path / "out", *flags) == 2
+    assert f'pip install "animeface-pipeline{extra}"' in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- distances by torchmetrics ----
+
+
+def test_the_frechet_distance_of_gaussians_is_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    other = one * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, -2.0])
+    covariances = [np.cov(each.numpy().T) for each in (one, other)]
+    root = np.linalg.eigvals(covariances[0] @ covariances[1]).real
+    mean = float((one.mean(0) - other.mean(0)).square().sum())
+    expected = mean + np.trace(covariances[0] + covariances[1]) - 2 * np.sqrt(root).sum()
+    found = feature_distances(one, other)
+    assert found["frechet"] == pytest.approx(expected, rel=1e-9)
+    assert found == feature_distances(one, other)  # its subsets have a seed of their own
+    assert feature_distances(one, one, kernel=False)["frechet"] == pytest.approx(0, abs=1e-9)
+
+
+def test_any_module_gives_features_and_a_stopped_computation_goes_on(tmp_path: Path) -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self, limit: int) -> None:
+            super().__init__()
+            self.seen, self.limit = 0, limit
+
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            self.seen += len(pictures)
+            if self.seen > self.limit:
+                raise KeyboardInterrupt
+            return pictures.float().mean(dim=(2, 3))
+
+    pictures = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "cache" / "features"
+    with pytest.raises(KeyboardInterrupt):
+        compute_features(Counting(limit=30), pictures, file, batch_size=10)
+    network = Counting(limit=31)
+    features = compute_features(network, pictures, file, batch_size=10)
+    assert torch.equal(features, pictures.float().mean(dim=(2, 3)))
+    assert network.seen == 1 + 30  # 20 of 50 were there; 1 tells how many features there are
+    assert torch.equal(compute_features(Counting(limit=1), pictures, file), features)
+    assert [each.name for each in file.parent.iterdir()] == ["features"]
+
+
+def test_hashes_tell_contents_and_shapes_apart() -> None:
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert sha256_of(pictures) == sha256_of(pictures.clone())
+    assert len({sha256_of(pictures), sha256_of(pictures.view(2, 3, 2, 8)), sha256_of(pictures + 1)}) == 3
+
+
+# ---- Inception: its weights are not part of this repository, so a network of the right shape stands in ----
+
+
+def test_inception_with_weights_from_a_file(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="the extra fid")
+    torch.manual_seed(0)
+    blank = fidelity.FeatureExtractorInceptionV3.__new__(fidelity.FeatureExtractorInceptionV3)
+    loaded: dict[str, torch.Tensor] = {}
+    original = torch.nn.Module.load_state_dict
+    with pytest.MonkeyPatch.context() as patch:  # its constructor always loads weights: let it keep the random ones
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: loaded.update(self.state_dict()))
+        torch.save({}, tmp_path / "none.pth")
+        blank.__init__("blank", ["2048"], feature_extractor_weights_path=str(tmp_path / "none.pth"))
+    assert torch.nn.Module.load_state_dict is original
+    torch.save(loaded, tmp_path / "inception.pth")
+    (reference / "train" / "000.png").touch()
+    flags = ("--fid", f"--feature_weights={tmp_path / 'inception.pth'}")
+    assert run(model, reference, tmp_path / "out", *flags) == 0
+    assert "FID" in capsys.readouterr().out
+    found = result(tmp_path / "out")["inception"]
+    assert found["fid"] > 0
+    assert found["weights_sha256"] == sha256_of(loaded)
+    assert run(model, reference, tmp_path / "other", "--fid", f"--feature_weights={tmp_path / 'none.pth'}") == 2
+    assert "not the weights" in error_line(capsys)
+
+
+def test_a_file_that_holds_no_weights_is_not_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch_fidelity", reason="the extra fid")
+    import os
+
+    (tmp_path / "weights.pth").write_bytes(b"cos\nsystem\n(S'touch " + os.fsencode(tmp_path / "ran") + b"'\ntR.")
+    with pytest.raises(BadInput, match="not a file of weights"):
+        inception(tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- the model card ----
+
+
+def test_results_go_into_the_card(model: Path, reference: Path, tmp_path: Path) -> None:
+    readme = model / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    for images in (8, 10):
+        assert run(model, reference, tmp_path / "out", "--update_card", f"--num_images={images}") == 0
+    text = readme.read_text(encoding="utf-8")
+    card = ModelCard(text)
+    measured = result(tmp_path / "out")["in_domain"]["frechet_distance"]
+    assert [(each.metric_type, each.metric_value) for each in card.data.eval_results] == [
+        ("in-domain-frechet-distance", measured)
+    ]
+    assert card.data.metrics == ["in-domain-frechet-distance"]
+    assert card.data.library_name == "diffusers"
+    assert text.count("## Results") == 1
+    assert f"| in-domain Fréchet distance | {measured:.4g} |" in text
+    assert "10 pictures" in text
+    assert is_our_card(text)
+    body = re.sub(r"\n## Results\n.*?(?=\n## )", "", card.text, flags=re.DOTALL)
+    assert body.split("<!--")[0].strip() == ModelCard(before).text.split("<!--")[0].strip()
+
+
+def test_an_edited_card_stays_its_owners(model: Path) -> None:
+    readme = model / "README.md"
+    readme.write_text("---\nlicense: mit\n---\n# Mine\n\nMy words.\n", encoding="utf-8")
+    add_results(model, {"fid": 12.3456}, "Measured by me.")
+    text = readme.read_text(encoding="utf-8")
+    assert "My words." in text
+    assert "| FID | 12.35 |" in text
+    assert not is_our_card(text)
+    assert ModelCard(text).data.license == "mit"
+    assert ModelCard(text).data.eval_results[0].metric_value == 12.3456
+
+
+def test_update_card_needs_a_folder(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(reference / "train", reference, tmp_path / "out", "--update_card") == 2
+    assert "--update_card" in error_line(capsys)
+
+
+# ---- quality against steps ----
+
+
+def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(__file__).parent.parent / "benchmarks" / "quality_vs_steps.py"
+    benchmark = runpy.run_path(str(file))
+    flags = [
+        model,
+        f"--reference={reference}",
+        f"--output_dir={tmp_path / 'steps'}",
+        f"--cache_dir={tmp_path / 'cache'}",
+    ]
+    flags += ["--schedulers", "ddim", "unipc", "--num_inference_steps", "3", "60", "--num_images=6", "--few_images=4"]
+    monkeypatch.setattr(sys, "argv", ["quality_vs_steps.py", *map(str, flags)])
+    benchmark["main"]()
+    said = capsys.readouterr().out
+    results = tmp_path / "steps" / "results"
+    names = {"ddim-3-4", "ddim-3-6", "unipc-3-4", "unipc-3-6", "ddim-60-4", "unipc-60-4"}
+    assert {each.stem for each in results.iterdir()} == names
+    few, many = (tmp_path / "steps" / "steps.md").read_text(encoding="utf-8").split("| in-domain")[1:]
+    assert few.startswith(" Fréchet distance, 4 pictures | 3 | 60 |")
+    assert many.startswith(" Fréchet distance, 6 pictures | 3 |")
+    value = json.loads((results / "unipc-60-4.json").read_text(encoding="utf-8"))["in_domain"]["frechet_distance"]
+    assert f"{value:.3f} |" in next(line for line in few.splitlines() if line.startswith("| UniPC"))
+    assert "ddim-3, 6 pictures" in said
+    assert Image.open(tmp_path / "steps" / "steps.png").width > 500
+
+    (results / "ddim-60-4.json").unlink()
+    benchmark["main"]()
+    said = capsys.readouterr().out
+    assert "ddim-60, 4 pictures" in said
+    assert "ddim-3" not in said

@@ -1,0 +1,60 @@
+"""The levers change the speed and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_unet
+from trainer import TINY_RECIPE, Trainer
+
+from animeface_pipeline import AnimeFacePipeline
+from animeface_pipeline.config import parse_args
+from animeface_pipeline.schedulers import original_scheduler
+from animeface_pipeline.speed import FAST, choose_fast_settings, speed_up
+
+WITHOUT_DROPOUT = {**TINY_RECIPE["unet"], "dropout": 0.0}  # its masks depend on the layout in memory
+
+
+def drawn(pipe: AnimeFacePipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(batch_size=2, generator=generator, num_inference_steps=3, output_type="pt").images
+
+
+def test_a_faster_pipeline_draws_the_same_pictures() -> None:
+    pipe = AnimeFacePipeline(tiny_unet(), original_scheduler())
+    before = drawn(pipe)
+    assert speed_up(pipe) is pipe
+    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (drawn(pipe) - before).abs().max() < 1e-3
+    assert drawn(speed_up(pipe, torch_dtype=torch.bfloat16)).dtype == torch.float32
+    assert (drawn(pipe) - before).abs().mean() < 0.02 and pipe.unet.dtype == torch.bfloat16
+
+
+@pytest.mark.slow  # the compiler takes minutes on a CPU
+def test_compiled_training_has_the_same_curve_and_saves_the_same_names(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, unet=WITHOUT_DROPOUT, max_train_steps=4, train_batch_size=5, eval_batch_size=5)
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    assert trainer("--output_dir", plain) == 0
+    assert trainer("--output_dir", compiled, "--torch_compile", "default", "--channels_last") == 0
+    first, second = ([entry["loss"] for entry in trainer.log(folder)] for folder in (plain, compiled))
+    assert first == pytest.approx(second, rel=1e-3)
+    names = [set(AnimeFacePipeline.from_pretrained(folder).unet.state_dict()) for folder in (plain, compiled)]
+    assert names[0] == names[1]
+
+
+def test_channels_last_training_has_the_same_curve(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, unet=WITHOUT_DROPOUT, max_train_steps=4)
+    plain, fast = tmp_path / "plain", tmp_path / "fast"
+    assert trainer("--output_dir", plain) == 0
+    assert trainer("--output_dir", fast, "--fast") == 0
+    first, second = ([entry["loss"] for entry in trainer.log(folder)] for folder in (plain, fast))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_fast_is_a_table_and_flags_go_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    config = parse_args(["--train_data_dir", "x", "--fast", "--no-channels_last"], description="")
+    choose_fast_settings(config)
+    assert (config.mixed_precision, config.channels_last) == ("fp16", False)
+    assert config.torch_compile == FAST["cuda"]["torch_compile"] and config.allow_tf32
