@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def serve(args: argparse.Namespace, folder: Path) -> None:
-    """Load the model and answer until Ctrl-C."""
+    """Load the model and answer until Ctrl-C or SIGTERM, either of which leaves nothing behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from PIL import Image
 
     from animeface_pipeline.generate import load_pipeline

@@ -41,8 +41,9 @@ CSS = """
 .pixels .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 #faces .grid-wrap { height: auto; min-height: 0; max-height: none; overflow: hidden; }
 #faces .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; height: auto; }
+#faces .grid-container { grid-template-rows: auto !important; grid-auto-rows: auto !important; }
 #faces .grid-container button { aspect-ratio: 1; height: auto; }
-@media (max-width: 640px) { .gradio-container > main { padding: 0.75rem !important; } }
+main { max-width: 1400px; margin: 0 auto; }
 """
 LAUNCH = {
     "css": CSS,
@@ -241,7 +242,9 @@ def build_page(pipe: AnimeFacePipeline, model: str, folder: Path) -> gr.Blocks:
     tasks, text = Tasks(pipe, model, folder), LAUNCH["i18n"]
     solvers = list(SCHEDULERS)
 
-    with gr.Blocks(title=f"{model} – animeface", analytics_enabled=False, delete_cache=(600, KEPT_FOR)) as page:
+    with gr.Blocks(
+        title=f"{model} – animeface", analytics_enabled=False, fill_width=True, delete_cache=(600, KEPT_FOR)
+    ) as page:
         drawn = gr.State(None, time_to_live=KEPT_FOR)
         start, end, redone, edited = (gr.State(None, time_to_live=KEPT_FOR) for _ in range(4))
         gr.Markdown(f"# {model}")
@@ -255,8 +258,8 @@ def build_page(pipe: AnimeFacePipeline, model: str, folder: Path) -> gr.Blocks:
                         )
                         dice = gr.Button(text("dice"), min_width=120)
                     with gr.Row():
-                        solver = gr.Dropdown(solvers, value="unipc", label=text("solver"), min_width=120)
-                        steps = gr.Slider(1, MAX_STEPS, 20, step=1, precision=0, label=text("steps"), min_width=120)
+                        solver = gr.Dropdown(solvers, value="unipc", label=text("solver"), min_width=200)
+                        steps = gr.Slider(1, MAX_STEPS, 20, step=1, precision=0, label=text("steps"), min_width=200)
                     count = gr.Slider(
                         1, MAX_COUNT, 4, step=1, precision=0, label=text("count"), info=text("count_info")
                     )

@@ -71,7 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process, url = start_server(folder)
     yield url
     assert any((folder / "tmp").iterdir())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     process.wait(60)
     assert not list((folder / "cwd").iterdir())  # nothing was written anywhere else
     assert not list((folder / "tmp").glob("animeface-*"))  # and what was is gone
