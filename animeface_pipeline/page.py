@@ -43,7 +43,6 @@ CSS = """
 #faces .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; height: auto; }
 #faces .grid-container { grid-template-rows: auto !important; grid-auto-rows: auto !important; }
 #faces .grid-container button { aspect-ratio: 1; height: auto; }
-main { max-width: 1400px; margin: 0 auto; }
 """
 LAUNCH = {
     "css": CSS,
