@@ -44,7 +44,7 @@ CSS = """
 #faces .grid-container { grid-template-rows: auto !important; grid-auto-rows: auto !important; }
 #faces .grid-container button { aspect-ratio: 1; height: auto; }
 """
-LAUNCH = {
+LAUNCH: dict[str, Any] = {
     "css": CSS,
     # fonts of the system: the page asks no other server for anything
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

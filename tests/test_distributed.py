@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_resume import FULL_DISK
 from trainer import TINY_RECIPE, Trainer, make_faces
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,20 @@ def test_two_processes_against_one_and_against_themselves_resumed(how: str, tmp_
     assert_close_logs(trainer.log(two), trainer.log(resumed))
     whole, other = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (two, resumed))
     assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in whole.items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_two_processes_go_on_when_one_of_them_cannot_save(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, max_train_steps=8, train_batch_size=2, save_images_epochs=100)
+    program = tmp_path / "full_disk.py"
+    only_the_first = FULL_DISK.replace("if 2 <= step", "if self.accelerator.is_main_process and 2 <= step")
+    program.write_text(only_the_first.replace("sys.argv.pop(1)", repr(str(ROOT))), encoding="utf-8")
+    process = trainer.start("--checkpoints_total_limit", 10, program=program, **LAUNCHERS["DDP"])
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    assert "checkpoint-4 (" in printed and "going on, and trying again later" in printed
+    saved = {path.name for path in trainer.output.glob("checkpoint-*")}
+    assert saved == {"checkpoint-2", "checkpoint-7", "checkpoint-8"}  # 3 to 6 failed; 7 is the first that could be
 
 
 def test_of_two_processes_one_refuses_bad_input_for_both(tmp_path: Path) -> None:
