@@ -108,16 +108,23 @@ def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_schedu
 
 def load_split(config: TrainingConfig, accelerator: Accelerator, split: str) -> torch.Tensor:
     """The decoded pictures of a split; the first process of each machine decodes them for all."""
+    refusal = None
     with accelerator.local_main_process_first():
-        return load_pictures(
-            config.train_data_dir,
-            config.dataset_name,
-            config.dataset_config_name,
-            split=split,
-            resolution=config.resolution,
-            cache_dir=config.cache_dir,
-            show_progress=accelerator.is_local_main_process,
-        )
+        try:
+            pictures = load_pictures(
+                config.train_data_dir,
+                config.dataset_name,
+                config.dataset_config_name,
+                split=split,
+                resolution=config.resolution,
+                cache_dir=config.cache_dir,
+                show_progress=accelerator.is_local_main_process,
+            )
+        except BadInput as error:
+            refusal = error  # raised in here, it would leave the other processes waiting for ever
+    if refusal is not None:
+        raise refusal
+    return pictures
 
 
 def build_optimizer(
