@@ -1,15 +1,16 @@
 """Play with a model in the browser: draw faces, mix two, redo a part of one, turn a picture into one.
 
+    python -m animeface_pipeline.app
     python -m animeface_pipeline.app anime-faces
     python -m animeface_pipeline.app user/anime-faces --server_port 8000
 
-It needs the extra: pip install "animeface-pipeline[demo]". The page is at http://127.0.0.1:7860, in English or Chinese
-as the browser prefers. Only this machine can open it, unless --server_name says otherwise (0.0.0.0: everyone who can
-reach it). Requests wait in a queue for their turn; uploads and results are in a temporary folder that goes with the
-page.
+Without a model, the small one is taken that comes with the package. It needs the extra: pip install
+"animeface-pipeline[demo]". The page is at http://127.0.0.1:7860, in English or Chinese as the browser prefers. Only
+this machine can open it, unless --server_name says otherwise (0.0.0.0: everyone who can reach it). Requests wait in a
+queue for their turn; uploads and results are in a temporary folder that goes with the page.
 
 As a Hugging Face Space: this file as app.py, a requirements.txt that installs this package with [demo], and a variable
-ANIMEFACE_MODEL with the model's name on the Hub.
+ANIMEFACE_MODEL with the model's name on the Hub (without it: the small model).
 """
 
 import argparse
@@ -25,11 +26,11 @@ from animeface_pipeline.cli import BadInput, OneLineParser, command
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    from animeface_pipeline.generate import DTYPES, parse_device
+    from animeface_pipeline.generate import DTYPES, MODEL_HELP, parse_device
 
     parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.app")
     model = os.environ.get("ANIMEFACE_MODEL")
-    parser.add_argument("model", nargs="?", default=model, help="a pipeline's folder, or its name on the Hub")
+    parser.add_argument("model", nargs="?", default=model, help=MODEL_HELP)
     parser.add_argument("--server_name", help="the address to listen on (default: 127.0.0.1, or GRADIO_SERVER_NAME)")
     parser.add_argument("--server_port", type=int, help="default: the first free one from 7860, or GRADIO_SERVER_PORT")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the network's precision; default: float32")
@@ -43,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if importlib.util.find_spec("gradio") is None:
         raise BadInput('the package gradio is missing: pip install "animeface-pipeline[demo]"')
-    if args.model is None:
-        raise BadInput("which model? Give a pipeline's folder or its name on the Hub (or set ANIMEFACE_MODEL)")
     with tempfile.TemporaryDirectory(prefix="animeface-") as folder:
         # Read when Gradio is imported: everything that it writes goes there, and nothing is reported to anyone.
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -57,14 +56,15 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from PIL import Image
 
-    from animeface_pipeline.generate import load_pipeline
+    from animeface_pipeline.generate import EMBEDDED_MODEL, load_pipeline
     from animeface_pipeline.page import LAUNCH, build_page
     from animeface_pipeline.picture_rules import MAX_PIXELS
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many: for what Gradio itself decodes
     pipe = load_pipeline(args)
     pipe.set_progress_bar_config(disable=True)
-    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    model = args.model or EMBEDDED_MODEL
+    name = Path(model).resolve().name if Path(model).is_dir() else model
     page = build_page(pipe, name, folder)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -1,8 +1,10 @@
 """Draw faces with a saved pipeline: one file for each seed, and a grid of all of them.
 
-    python -m animeface_pipeline.generate anime-faces --output_dir faces
+    python -m animeface_pipeline.generate --output_dir faces
     python -m animeface_pipeline.generate anime-faces --output_dir faces --save_process
     python -m animeface_pipeline.generate user/anime-faces --output_dir few --scheduler unipc --num_inference_steps 20
+
+Without a model, the small one is taken that comes with the package.
 
 One seed, one picture: all noise of image k comes from a generator of its own, seeded with seed + k and kept on the
 CPU, whatever the batch size, the number of images and the device. A run that was stopped goes on where it was when the
@@ -35,21 +37,29 @@ from .cli import EXIT_DONE, BadInput, OneLineParser, command
 from .files import write_aside
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
-from .schedulers import SCHEDULERS, switch_scheduler
+from .schedulers import SCHEDULERS, recommended_steps, switch_scheduler
+from .speed import compile_for_sampling
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "generate.json"
+MODEL_HELP = "a pipeline's folder, or its name on the Hub (user/name); default: the small one of the package"
+EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 NAMES_ONLY = ("animeface_pipeline", "model")  # settings that may differ when a run goes on: the weights' hash counts
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.generate")
-    parser.add_argument("model", help="a pipeline's folder, or its name on the Hub (user/name)")
+    add_model_argument(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="new, empty, or of a run that was stopped")
     parser.add_argument("--num_images", type=count, default=16, help="default: 16")
     add_sampling_arguments(parser, batch_size=16)
     parser.add_argument("--save_process", action="store_true", help="also save a strip of 20 stages for each image")
     return parser.parse_args(argv)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """MODEL; `None` is the embedded one."""
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -60,7 +70,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> 
     parser.add_argument(
         "--seed", type=parse_seed, default=0, help="of the first image; the next has seed + 1 (default: 0)"
     )
-    parser.add_argument("--num_inference_steps", type=count, default=1000, help="20 do for unipc (default: 1000)")
+    parser.add_argument("--num_inference_steps", type=count, help="default: 1000 for ddpm, 100 for ddim, else 25")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the pipeline was saved with")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the network's precision; default: float32")
     parser.add_argument(
@@ -123,23 +133,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
     """The pipeline on its device, with the scheduler and the precision that were asked for."""
     try:
-        pipe = AnimeFacePipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype])
+        pipe = AnimeFacePipeline.from_pretrained(args.model or EMBEDDED_MODEL, torch_dtype=DTYPES[args.dtype])
     except (OSError, ValueError) as error:
         raise BadInput(str(error)) from error
     most = pipe.scheduler.config.num_train_timesteps
-    if args.num_inference_steps > most:
+    if args.num_inference_steps is not None and args.num_inference_steps > most:
         raise BadInput(f"--num_inference_steps {args.num_inference_steps}: must be at most {most}, as in training")
 
     # The original's own scheduler is made anew as well: its variance is right at 1000 steps only.
     is_original = isinstance(pipe.scheduler, DDPMScheduler) and pipe.scheduler.config.variance_type == "fixed_large"
     if name := args.scheduler or ("ddpm" if is_original else None):
-        pipe.scheduler = switch_scheduler(pipe.scheduler, name, args.num_inference_steps)
+        pipe.scheduler = switch_scheduler(pipe.scheduler, name, args.num_inference_steps or most)
+    args.num_inference_steps = args.num_inference_steps or min(recommended_steps(pipe.scheduler), most)
 
     torch.backends.cudnn.allow_tf32 = False  # torch allows it by default: float32 pictures would depend on the device
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     pipe.to(args.device or best)
     if args.compile:
-        pipe.unet.compile()
+        compile_for_sampling(pipe.unet)
     pipe.set_progress_bar_config(desc="denoising", leave=False, position=1, disable=None)
     return pipe
 
@@ -152,7 +163,7 @@ def describe_run(pipe: AnimeFacePipeline, args: argparse.Namespace) -> dict[str,
     config = json.loads(pipe.scheduler.to_json_string())
     return {
         "animeface_pipeline": __version__,
-        "model": args.model,
+        "model": args.model or EMBEDDED_MODEL.name,
         "weights_sha256": weights.hexdigest(),
         "value_range": list(pipe.value_range),
         "scheduler": config["_class_name"],

@@ -1,7 +1,9 @@
 """Walk from one face to another: spherical interpolation of the noise that they are drawn from.
 
-    python -m animeface_pipeline.interpolate anime-faces --seeds 3 14 15 --output_dir between
+    python -m animeface_pipeline.interpolate --seeds 3 14 15 --output_dir between
     python -m animeface_pipeline.interpolate anime-faces --images portrait.png --seeds 14 --output_dir mixed
+
+Without a model, the small one is taken that comes with the package.
 
 A deterministic solver makes a face of noise and of nothing else, so noise between two faces' noise is a face between
 the two (Song et al. 2021, section 5.3). A given picture has noise too: DDIM's way, gone backwards, finds it. Pictures
@@ -28,7 +30,16 @@ from tqdm import tqdm
 from . import __version__
 from .cli import BadInput, OneLineParser, command
 from .files import write_aside
-from .generate import DTYPES, count, load_pipeline, parse_device, parse_seed, save_png
+from .generate import (
+    DTYPES,
+    EMBEDDED_MODEL,
+    add_model_argument,
+    count,
+    load_pipeline,
+    parse_device,
+    parse_seed,
+    save_png,
+)
 from .images import image_grid
 from .picture_rules import RULES, SetAside, read_picture
 from .pipeline_animeface import AnimeFacePipeline
@@ -41,7 +52,7 @@ DETERMINISTIC = tuple(name for name in SCHEDULERS if name not in ("ddpm", "sde-d
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.interpolate")
-    parser.add_argument("model", help="a pipeline's folder, or its name on the Hub (user/name)")
+    add_model_argument(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="new or empty")
     parser.add_argument("--seeds", type=parse_seed, nargs="+", default=[], help="of the faces to walk along")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="pictures of faces to begin with")
@@ -228,7 +239,7 @@ def save(frames: list[Image.Image], args: argparse.Namespace) -> None:
     ends = [path.name for path in args.images] + [f"seed {seed}" for seed in args.seeds]
     settings = {
         "animeface_pipeline": __version__,
-        "model": args.model,
+        "model": args.model or EMBEDDED_MODEL.name,
         "faces": ends,
         "num_frames": args.num_frames,
         "scheduler": args.scheduler,

@@ -54,6 +54,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {}),
 }
 
+RECOMMENDED_STEPS = {"DDPMScheduler": 1000, "DDIMScheduler": 100}
+FEW_STEPS = 25  # for all others; docs/quality.md shows what more or fewer are worth
+
+
+def recommended_steps(scheduler: SchedulerMixin) -> int:
+    """As many denoising steps as pay off with this scheduler."""
+    return RECOMMENDED_STEPS.get(type(scheduler).__name__, FEW_STEPS)
+
 
 def switch_scheduler(scheduler: SchedulerMixin, name: str, num_inference_steps: int = 1000) -> SchedulerMixin:
     r"""

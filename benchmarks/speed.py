@@ -15,6 +15,7 @@ a CPU batches of 4, unless told otherwise. `--device` chooses; `--tiny` takes a 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from hardware import machine
 
 from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
 from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
+from animeface_pipeline.speed import compile_for_sampling
 
 GFLOP_FORWARD, GFLOP_TRAINING = 32.2, 96.7  # of the full-size network for one picture of 64×64
 FULL = {"block_out_channels": (64, 128, 256, 1024), "attention_levels": (False, False, True, True)}
@@ -60,6 +62,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "Diffusers' UNet2DModel": Variant(diffusers=True),
         "ours": Variant(),
         "ours, channels last": Variant(channels_last=True),
+        "ours, channels last, compiled": Variant(channels_last=True, compile_mode="default"),
         "ours, bf16": Variant(precision=BF16),
         "ours, bf16, channels last": Variant(precision=BF16, channels_last=True),
         "ours, bf16, channels last, compiled": Variant(precision=BF16, channels_last=True, compile_mode="default"),
@@ -69,6 +72,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "Diffusers' way": Variant(diffusers=True, optimizer="adam", ema=True, waits=True),
         "ours": Variant(ema=True),
         "ours, channels last": Variant(ema=True, channels_last=True),
+        "ours, channels last, compiled": Variant(ema=True, channels_last=True, compile_mode="default"),
         "ours, bf16": Variant(ema=True, precision=BF16),
         "ours, bf16, channels last": Variant(ema=True, precision=BF16, channels_last=True),
         "ours, bf16, channels last, compiled": Variant(
@@ -109,8 +113,6 @@ def build_network(variant: Variant, args: argparse.Namespace) -> torch.nn.Module
         unet.to(memory_format=torch.channels_last)
     if variant.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if variant.compile_mode is not None:
-        unet.compile(mode=variant.compile_mode, dynamic=False)
     return unet
 
 
@@ -121,6 +123,8 @@ def autocast(variant: Variant, args: argparse.Namespace) -> torch.autocast:
 
 def build_forward(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
     unet = build_network(variant, args).eval()
+    if variant.compile_mode is not None:
+        compile_for_sampling(unet, variant.compile_mode)
     sample = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device)
     timestep = torch.full((args.batch_size,), 500, device=args.device)
 
@@ -137,6 +141,8 @@ def build_training(variant: Variant, args: argparse.Namespace) -> Callable[[], N
     from diffusers.training_utils import EMAModel
 
     unet, scheduler = build_network(variant, args).train(), original_scheduler()
+    if variant.compile_mode is not None:
+        unet.compile(mode=variant.compile_mode, dynamic=False)
     if variant.optimizer == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(unet.parameters(), lr=1e-5)
     else:
@@ -210,6 +216,8 @@ def roof(args: argparse.Namespace) -> dict[str, float]:
 def forward_or_training(args: argparse.Namespace) -> dict[str, Any]:
     build = build_forward if args.table == "forward" else build_training
     variants = {name: v for name, v in VARIANTS[args.table].items() if args.compile or v.compile_mode is None}
+    if args.variants:
+        variants = {name: v for name, v in variants.items() if name in ("as the original", *args.variants)}
     times = in_turn({name: build(variant, args) for name, variant in variants.items()}, args)
     limits, gflop = roof(args), GFLOP_FORWARD if args.table == "forward" else GFLOP_TRAINING
     rows = {}
@@ -231,6 +239,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     for name, (variant, scheduler) in variants.items():
         unet = build_network(variant, args).eval()
         unet.to(dtype=variant.precision)
+        if variant.compile_mode is not None:
+            compile_for_sampling(unet, variant.compile_mode)
         plans = [(scheduler, most)]
         if name != "as the original":
             plans += [(solver, number) for number in few for solver in FEW_STEPS]
@@ -326,6 +336,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in each turn (default: 1 on a CPU, 10 on a GPU)")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[1000, 20])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    names = [name for table in VARIANTS.values() for name in table]
+    parser.add_argument("--variants", nargs="+", choices=names, help="only these and the original's way: less memory")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--kind", choices=["forward", "training"], default="training", help="of `peak`")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of `peak`")
@@ -341,7 +353,7 @@ def main() -> None:
         return peak(args)
 
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
         **machine("animeface-pipeline", "torch", "diffusers", "accelerate"),
         "repeats": args.repeats,
