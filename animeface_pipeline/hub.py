@@ -144,6 +144,7 @@ def render_card(
         measured=summary.measured,
         times_seen=times_seen(summary),
         dropout_stayed=summary.converted_from is None and pipe.unet.config.dropout > 0,
+        attention_norm=pipe.unet.config.attention_norm,
         trailing=pipe.scheduler.config.get("timestep_spacing") == "trailing",
         version=version("animeface-pipeline"),
     )

@@ -66,12 +66,19 @@ def run(*argv: str) -> int:
     return exit.value.code
 
 
+def test_without_a_model_it_is_the_embedded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANIMEFACE_MODEL", raising=False)
+    shown = []
+    monkeypatch.setattr("animeface_pipeline.page.build_page", lambda pipe, name, folder: shown.append((pipe, name)))
+    with pytest.raises(AttributeError):  # there is no page to launch
+        app.main([])
+    pipe, name = shown[0]
+    assert name == "embedded_model" and pipe.unet.num_parameters() <= 8_000_000
+
+
 def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("ANIMEFACE_MODEL", raising=False)
-    assert run() == 2
-    assert "which model?" in capsys.readouterr().err
     assert run(str(tmp_path)) == 2
     assert "model_index.json" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
