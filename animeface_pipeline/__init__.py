@@ -5,6 +5,7 @@ The classes are imported when they are first used: `prepare_dataset` and its wor
 
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from .unet_animeface import AnimeFaceUNet2DModel
 
 __version__ = version("animeface-pipeline")
+EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"  # a small pipeline, for `from_pretrained`
 __all__ = [
+    "EMBEDDED_MODEL",
     "AnimeFaceImg2ImgPipeline",
     "AnimeFaceInpaintPipeline",
     "AnimeFacePipeline",

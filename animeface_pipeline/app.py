@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from animeface_pipeline import EMBEDDED_MODEL
 from animeface_pipeline.cli import BadInput, OneLineParser, command
 
 
@@ -56,7 +57,7 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from PIL import Image
 
-    from animeface_pipeline.generate import EMBEDDED_MODEL, load_pipeline
+    from animeface_pipeline.generate import load_pipeline
     from animeface_pipeline.page import LAUNCH, build_page
     from animeface_pipeline.picture_rules import MAX_PIXELS
 

@@ -32,7 +32,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from . import __version__
+from . import EMBEDDED_MODEL, __version__
 from .cli import EXIT_DONE, BadInput, OneLineParser, command
 from .files import write_aside
 from .images import denoising_strips, image_grid
@@ -43,7 +43,6 @@ from .speed import compile_for_sampling
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "generate.json"
 MODEL_HELP = "a pipeline's folder, or its name on the Hub (user/name); default: the small one of the package"
-EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 NAMES_ONLY = ("animeface_pipeline", "model")  # settings that may differ when a run goes on: the weights' hash counts
 
 

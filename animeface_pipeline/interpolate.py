@@ -27,19 +27,10 @@ from diffusers import DDIMInverseScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from . import __version__
+from . import EMBEDDED_MODEL, __version__
 from .cli import BadInput, OneLineParser, command
 from .files import write_aside
-from .generate import (
-    DTYPES,
-    EMBEDDED_MODEL,
-    add_model_argument,
-    count,
-    load_pipeline,
-    parse_device,
-    parse_seed,
-    save_png,
-)
+from .generate import DTYPES, add_model_argument, count, load_pipeline, parse_device, parse_seed, save_png
 from .images import image_grid
 from .picture_rules import RULES, SetAside, read_picture
 from .pipeline_animeface import AnimeFacePipeline

@@ -36,6 +36,10 @@ def main() -> None:
     assert resource("model_card.md").read_text(encoding="utf-8").startswith("---")
     assert resource("recipes/quickstart.yaml").is_file()
 
+    faces = [sys.executable, "-m", "animeface_pipeline.generate", "--output_dir=faces", "--num_images=2"]
+    subprocess.run([*faces, "--num_inference_steps=5"], check=True)
+    assert len(list(Path("faces").glob("seed-*.png"))) == 2, "the embedded model does not draw"
+
     start = time.perf_counter()
     torch.manual_seed(0)
     pipe = AnimeFacePipeline(AnimeFaceUNet2DModel(), original_scheduler())

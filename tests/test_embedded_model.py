@@ -8,8 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from animeface_pipeline import AnimeFacePipeline, generate, interpolate
-from animeface_pipeline.generate import EMBEDDED_MODEL
+from animeface_pipeline import EMBEDDED_MODEL, AnimeFacePipeline, generate, interpolate
 
 MAX_PARAMETERS, MAX_BYTES = 8_000_000, 16_000_000
 

@@ -48,7 +48,7 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path: Path, monke
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3  # two grids and the strips
+    assert len(pictures) == 4  # three grids and the strips
     printed = "".join(output.get("text", "") for output in cells[-1].outputs)
     assert re.search(r"/user/animeface-quickstart/commit/[0-9a-f]{40}\n", printed)
     assert "pulled again, with its UniPCMultistepScheduler" in printed
