@@ -1,5 +1,6 @@
 """The command from end to end: a tiny pipeline, tiny pictures, a feature network trained for five steps."""
 
+import argparse
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 
 from animeface_pipeline import AnimeFacePipeline, evaluate, generate, in_domain
 from animeface_pipeline.cli import BadInput
+from animeface_pipeline.config import load_recipe
 from animeface_pipeline.distances import compute_features, feature_distances, inception, sha256_of
 from animeface_pipeline.hub import add_results
 from animeface_pipeline.pipeline_animeface import is_our_card
@@ -401,3 +403,66 @@ def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
     said = capsys.readouterr().out
     assert "ddim-60, 4 pictures" in said
     assert "ddim-3" not in said
+
+
+# ---- ablation ----
+
+
+@pytest.fixture
+def ablation(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))  # it imports its neighbour
+    return runpy.run_path(str(folder / "ablation.py"))
+
+
+def test_every_variant_differs_from_the_modern_recipe_in_its_own_lever_only(ablation: dict[str, Any]) -> None:
+    for full in (False, True):
+        args = argparse.Namespace(num_pictures=6400, full=full)
+        recipes = {name: ablation["recipe_of"](name, args) for name in ablation["VARIANTS"]}
+        modern, counts = recipes["modern"], {"max_train_steps", "checkpointing_steps"}
+        for name, recipe in recipes.items():
+            seen = recipe["max_train_steps"] * recipe["train_batch_size"]
+            assert seen == (5 if "5 times" in name else 1) * 6400
+            changed = {key for key in {*recipe, *modern} - counts if recipe.get(key) != modern.get(key)}
+            if name == "predicts ε, without min-SNR":
+                assert changed == {"prediction_type", "snr_gamma"}
+            elif not name.startswith("original"):
+                assert len(changed) == (name != "modern"), (name, changed)
+        original = load_recipe("original")
+        laid_over = {*counts, "unet", "eval_scheduler", "ddpm_num_inference_steps", "save_images_epochs"}
+        laid_over |= set() if full else {"learning_rate"}
+        assert {key: recipes["original"][key] for key in original if key not in laid_over} == {
+            key: value for key, value in original.items() if key not in laid_over
+        }
+        assert recipes["original"]["unet"] == (ablation["UNET"] if not full else {})
+        assert recipes["dropout 0.1"]["unet"]["dropout"] == 0.1 and modern["unet"]["dropout"] == 0.0
+
+
+def test_the_ablation_writes_table_and_pictures_row_by_row(
+    ablation: dict[str, Any], model: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "log.jsonl").write_text('{"step": 7, "loss": 1.0}\n', encoding="utf-8")
+    output = tmp_path / "ablation"
+
+    def trained(name: str, args: argparse.Namespace) -> Path:
+        (output / name).mkdir(parents=True, exist_ok=True)
+        if not (output / name / "model").exists():
+            (output / name / "model").symlink_to(model)
+        return output / name / "model"
+
+    flags = [
+        f"--reference={reference}",
+        f"--output_dir={output}",
+        "--num_pictures=100",
+        "--variants",
+        "modern",
+        "original",
+    ]
+    flags += [f"--cache_dir={tmp_path / 'cache'}", "--num_images=8", "--num_inference_steps=3"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *flags])
+    monkeypatch.setitem(ablation["main"].__globals__, "train", trained)
+    ablation["main"]()
+    table = (output / "ablation.md").read_text(encoding="utf-8")
+    value = result(output / "original" / "evaluation")["in_domain"]["frechet_distance"]
+    assert f"| original | 100 | 7 | {value:.3f} |" in table and "real pictures, limit" in table
+    assert Image.open(output / "ablation.png").size == (200 + 8 * 18, 2 * 18)
