@@ -155,6 +155,16 @@ def test_compiled_pictures_are_the_same(model: Path, tmp_path: Path) -> None:
     assert max(np.abs(eager[name] - compiled[name]).max() for name in eager) <= 1
 
 
+def test_the_number_of_steps_that_pays_off_is_the_schedulers(model: Path) -> None:
+    steps = {}
+    for scheduler in ("ddpm", "ddim", "unipc", "dpmsolver++"):
+        args = generate.parse_args([str(model), "--output_dir=out", f"--scheduler={scheduler}"])
+        assert args.num_inference_steps is None
+        generate.load_pipeline(args)
+        steps[scheduler] = args.num_inference_steps
+    assert steps == {"ddpm": 1000, "ddim": 100, "unipc": 25, "dpmsolver++": 25}
+
+
 # ---- going on ----
 
 
