@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     from animeface_pipeline.generate import DTYPES, MODEL_HELP, parse_device
 
     parser = OneLineParser(description=__doc__, prog="python -m animeface_pipeline.app")
-    model = os.environ.get("ANIMEFACE_MODEL")
+    model = os.environ.get("ANIMEFACE_MODEL") or str(EMBEDDED_MODEL)
     parser.add_argument("model", nargs="?", default=model, help=MODEL_HELP)
     parser.add_argument("--server_name", help="the address to listen on (default: 127.0.0.1, or GRADIO_SERVER_NAME)")
     parser.add_argument("--server_port", type=int, help="default: the first free one from 7860, or GRADIO_SERVER_PORT")
@@ -64,8 +64,7 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many: for what Gradio itself decodes
     pipe = load_pipeline(args)
     pipe.set_progress_bar_config(disable=True)
-    model = args.model or EMBEDDED_MODEL
-    name = Path(model).resolve().name if Path(model).is_dir() else model
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     page = build_page(pipe, name, folder)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -40,6 +40,7 @@ from .files import write_aside
 from .generate import (
     SETTINGS_FILE,
     add_sampling_arguments,
+    best_device,
     claim_folder,
     count,
     describe_run,
@@ -55,7 +56,6 @@ from .pipeline_animeface import AnimeFacePipeline
 
 RESULT_FILE, CLOSEST_FILE = "evaluation.json", "closest.png"
 ENOUGH_IMAGES = 10_000
-CPU = torch.device("cpu")
 RESOLUTION = 64  # that a folder of pictures is judged at
 
 
@@ -157,7 +157,10 @@ def choose(
 def pictures_to_judge(folder: Path, flag: str, args: argparse.Namespace) -> torch.Tensor:
     """All pictures of a folder; of one that `generate` wrote not its grid and its strips."""
     if (folder / SETTINGS_FILE).is_file():
-        return torch.stack([read_png(file) for file in sorted(folder.glob("seed-*.png"))])
+        pictures = [read_png(file) for file in sorted(folder.glob("seed-*.png"))]
+        if not pictures:
+            raise BadInput(f"{flag} {folder}: a run that was stopped before its first picture; let it go on first")
+        return torch.stack(pictures)
     return pictures_in(folder, flag, args, resolution=RESOLUTION)
 
 
@@ -238,7 +241,7 @@ def features_of(
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Features of the pictures and of the reference (from the cache, if they are there), and the weights' hash."""
     weights = sha256_of(network.state_dict())
-    device: torch.device = args.device or (torch.accelerator.current_accelerator(check_available=True) or CPU)
+    device: torch.device = args.device or best_device()
     cached = args.cache_dir / "features" / f"{reference.train_sha256[:16]}-{weights[:16]}.float32"
     real = compute_features(network, reference.train, cached, device=device, description="features of the reference")
     return compute_features(network, pictures, device=device), real, weights

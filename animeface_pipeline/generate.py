@@ -57,8 +57,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """MODEL; `None` is the embedded one."""
-    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    parser.add_argument("model", nargs="?", default=str(EMBEDDED_MODEL), help=MODEL_HELP)
+
+
+def model_name(model: str) -> str:
+    """What is written down: of the embedded model not where this machine has it."""
+    return EMBEDDED_MODEL.name if model == str(EMBEDDED_MODEL) else model
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -98,6 +102,10 @@ def parse_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text} cannot be used here: {_first_line(error)}") from error
 
 
+def best_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -117,12 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except OSError as error:
         raise BadInput(f"{args.output_dir}: cannot be written: {error}; the same command goes on from here") from error
-    except torch.OutOfMemoryError as error:
-        raise BadInput(f"--batch_size {args.batch_size}: out of memory; the same command goes on with less") from error
-    except RuntimeError as error:
-        if not args.compile:
-            raise
-        raise BadInput(f"--compile: does not work here ({_first_line(error)}); leave it out") from error
     return EXIT_DONE
 
 
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
     """The pipeline on its device, with the scheduler and the precision that were asked for."""
     try:
-        pipe = AnimeFacePipeline.from_pretrained(args.model or EMBEDDED_MODEL, torch_dtype=DTYPES[args.dtype])
+        pipe = AnimeFacePipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype])
     except (OSError, ValueError) as error:
         raise BadInput(str(error)) from error
     most = pipe.scheduler.config.num_train_timesteps
@@ -142,12 +144,13 @@ def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
     # The original's own scheduler is made anew as well: its variance is right at 1000 steps only.
     is_original = isinstance(pipe.scheduler, DDPMScheduler) and pipe.scheduler.config.variance_type == "fixed_large"
     if name := args.scheduler or ("ddpm" if is_original else None):
-        pipe.scheduler = switch_scheduler(pipe.scheduler, name, args.num_inference_steps or most)
+        pipe.scheduler = switch_scheduler(pipe.scheduler, name)
     args.num_inference_steps = args.num_inference_steps or min(recommended_steps(pipe.scheduler), most)
+    if name is not None:
+        pipe.scheduler = switch_scheduler(pipe.scheduler, name, args.num_inference_steps)
 
     torch.backends.cudnn.allow_tf32 = False  # torch allows it by default: float32 pictures would depend on the device
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    pipe.to(args.device or best)
+    pipe.to(args.device or best_device())
     if args.compile:
         compile_for_sampling(pipe.unet)
     pipe.set_progress_bar_config(desc="denoising", leave=False, position=1, disable=None)
@@ -162,7 +165,7 @@ def describe_run(pipe: AnimeFacePipeline, args: argparse.Namespace) -> dict[str,
     config = json.loads(pipe.scheduler.to_json_string())
     return {
         "animeface_pipeline": __version__,
-        "model": args.model or EMBEDDED_MODEL.name,
+        "model": model_name(args.model),
         "weights_sha256": weights.hexdigest(),
         "value_range": list(pipe.value_range),
         "scheduler": config["_class_name"],
@@ -227,7 +230,14 @@ def draw(pipe: AnimeFacePipeline, seeds: Sequence[int], args: argparse.Namespace
         "num_inference_steps": args.num_inference_steps,
         "output_type": "np",
     }
-    images, *strips = denoising_strips(pipe, **call) if args.save_process else pipe(**call, return_dict=False)
+    try:
+        images, *strips = denoising_strips(pipe, **call) if args.save_process else pipe(**call, return_dict=False)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"--batch_size {args.batch_size}: out of memory; the same command goes on with less") from error
+    except RuntimeError as error:
+        if not args.compile:
+            raise
+        raise BadInput(f"--compile: does not work here ({_first_line(error)}); leave it out") from error
     if not np.isfinite(images).all():
         raise BadInput(f"--dtype {args.dtype}: the network's output is not finite; use another precision or model")
     return [list(pictures) for pictures in zip(pipe.numpy_to_pil(images), *strips)]

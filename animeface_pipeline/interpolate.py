@@ -8,7 +8,7 @@ Without a model, the small one is taken that comes with the package.
 A deterministic solver makes a face of noise and of nothing else, so noise between two faces' noise is a face between
 the two (Song et al. 2021, section 5.3). A given picture has noise too: DDIM's way, gone backwards, finds it. Pictures
 come first on the walk, then the seeds, whose faces are those of `python -m animeface_pipeline.generate` with the same
-solver.
+solver and number of steps.
 
 Written at the end are frame-000.png …, strip.png with all of them in a row, and interpolation.webp, which goes there
 and back. Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
@@ -27,10 +27,19 @@ from diffusers import DDIMInverseScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from . import EMBEDDED_MODEL, __version__
+from . import __version__
 from .cli import BadInput, OneLineParser, command
 from .files import write_aside
-from .generate import DTYPES, add_model_argument, count, load_pipeline, parse_device, parse_seed, save_png
+from .generate import (
+    DTYPES,
+    add_model_argument,
+    count,
+    load_pipeline,
+    model_name,
+    parse_device,
+    parse_seed,
+    save_png,
+)
 from .images import image_grid
 from .picture_rules import RULES, SetAside, read_picture
 from .pipeline_animeface import AnimeFacePipeline
@@ -230,7 +239,7 @@ def save(frames: list[Image.Image], args: argparse.Namespace) -> None:
     ends = [path.name for path in args.images] + [f"seed {seed}" for seed in args.seeds]
     settings = {
         "animeface_pipeline": __version__,
-        "model": args.model or EMBEDDED_MODEL.name,
+        "model": model_name(args.model),
         "faces": ends,
         "num_frames": args.num_frames,
         "scheduler": args.scheduler,

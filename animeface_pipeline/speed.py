@@ -14,8 +14,8 @@ import torch
 from .config import TrainingConfig
 from .pipeline_animeface import AnimeFacePipeline
 
-# What `--fast` turns on, by the kind of device. On a CPU in float32 the layout alone is worth 1.3 to 1.5 times
-# (benchmarks/RESULTS.md); half precision is left to --mixed_precision there, because only some CPUs have it.
+# What `--fast` turns on, by the kind of device (benchmarks/RESULTS.md). On a CPU half precision is left to
+# --mixed_precision, because only some CPUs have it, and compiling takes minutes.
 FAST: dict[str, dict[str, Any]] = {
     "cuda": {"mixed_precision": "bf16", "channels_last": True, "torch_compile": "default", "allow_tf32": True},
     "cpu": {"channels_last": True},
@@ -46,8 +46,10 @@ def prepare_for_training(unet: torch.nn.Module, config: TrainingConfig) -> None:
 
 
 def compile_for_sampling(unet: torch.nn.Module, mode: str = "default") -> None:
-    """`torch.compile` the forward pass, in place. On a CPU it packs the weights, which must not change any more."""
-    compiled = torch.compile(unet.eval().forward, mode=mode, dynamic=False)
+    """Channels last and compiled, in place. On a CPU the weights of the first call are packed for it and stay."""
+    vars(unet).pop("forward", None)  # of a former call
+    unet.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's hints
+    compiled = torch.compile(unet.forward, mode=mode, dynamic=False)
     if next(unet.parameters()).device.type == "cpu":
         compiled = torch._inductor.config.patch(freezing=True)(compiled)  # read when it compiles, in the first call
     unet.forward = compiled
@@ -59,7 +61,7 @@ def speed_up(
     r"""
     Make a pipeline sample faster, in place: channels-last weights; on a GPU also half precision, and compilation with
     CUDA graphs. The scheduler and the sample stay in float32. It is for sampling only: compiled on a CPU, the network
-    keeps to the weights that it has now.
+    keeps to the weights that it has now; called again, it is compiled anew.
 
     Args:
         pipe ([`AnimeFacePipeline`]): The pipeline, on the device that it will run on.
@@ -88,7 +90,8 @@ def speed_up(
         torch_dtype, compile_mode = torch_dtype or half, compile_mode or "reduce-overhead"
     if torch_dtype is not None:
         pipe.unet.to(dtype=torch_dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
     if compile_mode is not None:
         compile_for_sampling(pipe.unet, compile_mode)
+    else:
+        pipe.unet.to(memory_format=torch.channels_last)
     return pipe

@@ -9,6 +9,8 @@ Differences are in levels of 255. The picture shows the first folder's pictures 
 """
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,12 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path)
     args = parser.parse_args()
 
-    names = sorted({file.name for file in args.folders[0].glob("seed-*.png")})
+    names = sorted(set.intersection(*({file.name for file in folder.glob("seed-*.png")} for folder in args.folders)))
+    if len(names) < 2:
+        sys.exit(f"{len(names)} seeds are in both folders; it takes two")
+    settings = [json.loads((folder / "generate.json").read_text(encoding="utf-8")) for folder in args.folders]
+    if others := [key for key in ("scheduler", "num_inference_steps") if settings[0][key] != settings[1][key]]:
+        sys.exit(f"the runs differ in {' and '.join(others)}")
     one, other = (np.stack([np.asarray(Image.open(folder / name)) for name in names]) for folder in args.folders)
     difference = np.abs(one.astype(float) - other).reshape(len(names), -1)
     # What two different faces differ by: each picture against the next one.

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 
 PLAIN = "float32, eager, contiguous"
 LEVERS = {
-    PLAIN: ["--mixed_precision=no"],
-    "channels last": ["--mixed_precision=no", "--channels_last"],
-    "bf16": ["--mixed_precision=bf16"],
+    PLAIN: ["--mixed_precision=no", "--no-channels_last", "--torch_compile=none"],
+    "channels last": ["--mixed_precision=no", "--channels_last", "--torch_compile=none"],
+    "bf16": ["--mixed_precision=bf16", "--no-channels_last", "--torch_compile=none"],
     "bf16, channels last, compiled": ["--mixed_precision=bf16", "--channels_last", "--torch_compile=default"],
 }
 QUARTERS, LOGGING_STEPS = 4, 5
@@ -37,8 +37,12 @@ def main() -> None:
     parser.add_argument("--config", default="quickstart", help="default: quickstart")
     args, of_training = parser.parse_known_args()
 
-    losses = {name: train(name, args, of_training) for name in LEVERS}
-    means = {name: [float(part.mean()) for part in np.array_split(curve, QUARTERS)] for name, curve in losses.items()}
+    curves = {name: train(name, args, of_training) for name in LEVERS}
+    if min(len(losses) for _, losses in curves.values()) < QUARTERS:
+        sys.exit(f"at least {QUARTERS * LOGGING_STEPS} updates, please")
+    means = {
+        name: [float(part.mean()) for part in np.array_split(losses, QUARTERS)] for name, (_, losses) in curves.items()
+    }
     rows = {}
     for name, own in means.items():
         strays = max(abs(one / other - 1) for one, other in zip(own, means[PLAIN]))
@@ -47,29 +51,34 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result = {"command": shlex.join(["python", *sys.argv]), "device": device, **where, "rows": rows}
     (args.output_dir / "loss_curves.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    plot(losses, args.output_dir / "loss_curves.png")
+    plot(curves, args.output_dir / "loss_curves.png")
     print(f"`{result['command']}`\n\n| | mean loss by quarter | largest difference |\n| --- | --- | --- |")
     for name, row in rows.items():
         print(f"| {name} | {', '.join(f'{mean:.4f}' for mean in means[name])} | {row['largest_difference']:.2%} |")
 
 
-def train(name: str, args: argparse.Namespace, of_training: list[str]) -> np.ndarray:
-    """The loss of every `LOGGING_STEPS` updates of a run with these levers."""
+def train(name: str, args: argparse.Namespace, of_training: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Updates and losses, as logged, of a run with these levers."""
     folder = args.output_dir / name.replace(", ", "-").replace(" ", "-")
+    flags = [f"--config={args.config}", f"--train_data_dir={args.train_data_dir}", f"--output_dir={folder}"]
+    flags += [f"--logging_steps={LOGGING_STEPS}", *of_training, *LEVERS[name]]
+    written, command = folder.with_suffix(".txt"), shlex.join(flags)
+    if written.is_file() and written.read_text(encoding="utf-8") != command:
+        sys.exit(f"{written}: is of another command; choose another --output_dir")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(command, encoding="utf-8")
     if not (folder / "model_index.json").is_file():
         trainer = Path(__file__).parent.parent / "train_accelerate.py"
-        flags = [f"--config={args.config}", f"--train_data_dir={args.train_data_dir}", f"--output_dir={folder}"]
-        flags += [f"--logging_steps={LOGGING_STEPS}", *of_training, *LEVERS[name], "--resume_from_checkpoint=latest"]
-        subprocess.run([sys.executable, trainer, *flags], check=True)
-    log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return np.array([json.loads(line)["loss"] for line in log])
+        subprocess.run([sys.executable, trainer, *flags, "--resume_from_checkpoint=latest"], check=True)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return np.array([entry["step"] for entry in log]), np.array([entry["loss"] for entry in log])
 
 
-def plot(losses: dict[str, np.ndarray], file: Path) -> None:
+def plot(curves: dict[str, tuple[np.ndarray, np.ndarray]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for (name, curve), style in zip(losses.items(), ("-", "--", "-.", ":")):
-        axes.plot(LOGGING_STEPS * np.arange(1, len(curve) + 1), curve, style, label=name, linewidth=1.2)
+    for (name, (steps, losses)), style in zip(curves.items(), ("-", "--", "-.", ":")):
+        axes.plot(steps, losses, style, label=name, linewidth=1.2)
     axes.set(yscale="log", xlabel="update", ylabel=f"loss, mean of {LOGGING_STEPS} updates")
     axes.grid(alpha=0.3)
     axes.legend()

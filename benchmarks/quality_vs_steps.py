@@ -22,6 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from animeface_pipeline import evaluate
+from animeface_pipeline.generate import describe_run, load_pipeline
 from animeface_pipeline.schedulers import SCHEDULERS
 
 SOLVERS = {
@@ -44,6 +45,10 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=10_000, help="up to 50 steps (default: 10000)")
     parser.add_argument("--few_images", type=int, default=2_000, help="above 50 steps (default: 2000)")
     args, of_evaluate = parser.parse_known_args()
+    first = evaluate.parse_args(
+        [args.model, f"--reference={args.reference}", f"--output_dir={args.output_dir}", *of_evaluate]
+    )
+    args.weights_sha256 = describe_run(load_pipeline(first), first)["weights_sha256"]
 
     (args.output_dir / "results").mkdir(parents=True, exist_ok=True)
     cells: dict[int, dict[str, dict[int, Any]]] = {}
@@ -65,7 +70,7 @@ def measure(args: argparse.Namespace, scheduler: str, steps: int, number: int, o
     flags += [f"--scheduler={scheduler}", f"--num_inference_steps={steps}", f"--num_images={number}", *of_evaluate]
     if kept.is_file():
         result = json.loads(kept.read_text(encoding="utf-8"))
-        if result["command"].endswith(shlex.join(flags)):
+        if result["command"].endswith(shlex.join(flags)) and result["model"]["weights_sha256"] == args.weights_sha256:
             return result
     print(f"{name}, {number:,} pictures", flush=True)
     try:

@@ -6,7 +6,7 @@
     python benchmarks/speed.py memory --output_file memory.json
     python benchmarks/speed.py growth --output_file growth.json
 
-The variants take turns, `--repeats` times in one run, after each was run once to warm up; shown are the median, the
+The variants take turns, `--repeats` times in one run, after each was run twice to warm up; shown are the median, the
 least and the most, and the ratio of the medians to the first row. The roof is a large matrix product in the same
 number format, and a copy in the device's memory, in the same run. On a GPU the full-size network and batches of 64; on
 a CPU batches of 4, unless told otherwise. `--device` chooses; `--tiny` takes a very small network, to try it.
@@ -19,6 +19,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from diffusers import UNet2DModel
 from hardware import machine
 
 from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
+from animeface_pipeline.dataset import Batches
 from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
 from animeface_pipeline.speed import compile_for_sampling
 
@@ -83,6 +85,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 SAMPLING = {  # name: variant, scheduler; the step counts come from the command line, the first one for the original
     "as the original": (AS_ORIGINAL, "ddpm"),
     "ours, channels last": (Variant(channels_last=True), "ddpm"),
+    "ours, channels last, compiled": (Variant(channels_last=True, compile_mode="default"), "ddpm"),
     "ours, bf16, channels last, CUDA graphs": (
         Variant(precision=BF16, channels_last=True, compile_mode="reduce-overhead"),
         "ddpm",
@@ -122,16 +125,16 @@ def autocast(variant: Variant, args: argparse.Namespace) -> torch.autocast:
 
 
 def build_forward(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
-    unet = build_network(variant, args).eval()
+    """A forward pass without gradients; half precision as in sampling, with the weights converted."""
+    unet = build_network(variant, args).eval().to(variant.precision)
     if variant.compile_mode is not None:
         compile_for_sampling(unet, variant.compile_mode)
-    sample = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device)
+    sample = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=variant.precision)
     timestep = torch.full((args.batch_size,), 500, device=args.device)
 
     @torch.no_grad()
     def step() -> None:
-        with autocast(variant, args):
-            unet(sample, timestep)
+        unet(sample, timestep)
 
     return step
 
@@ -263,16 +266,20 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     for name, checkpointing in (("training", False), ("training, gradient checkpointing", True), ("sampling", False)):
         peaks = []
         for batch_size in (1, args.batch_size):
-            flags = ["--batch_size", batch_size, *(["--gradient_checkpointing"] if checkpointing else [])]
-            flags += ["--tiny"] if args.tiny else []
             kind = "forward" if name == "sampling" else "training"
-            command = [sys.executable, __file__, "peak", "--kind", kind, "--device", args.device, *map(str, flags)]
-            peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            peaks.append(peak_of(args, kind, batch_size, *(["--gradient_checkpointing"] if checkpointing else [])))
         each = (peaks[1] - peaks[0]) / max(args.batch_size - 1, 1)
         rows[name] = {"one_picture_gib": peaks[0], "batch_gib": peaks[1], "each_further_picture_gib": round(each, 4)}
         if args.device == "cuda":
             rows[name] |= {f"largest_batch_{n}_gib": int((n * 0.95 - peaks[0]) / each) + 1 for n in (8, 16, 24)}
     return {"rows": rows, "batch_size": args.batch_size}
+
+
+def peak_of(args: argparse.Namespace, kind: str, batch_size: int, *flags: str) -> float:
+    """What `peak` prints in a process of its own."""
+    command = [sys.executable, __file__, "peak", "--kind", kind, "--device", args.device, *flags]
+    command += ["--batch_size", str(batch_size), *(["--tiny"] if args.tiny else [])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def peak(args: argparse.Namespace) -> None:
@@ -293,7 +300,7 @@ def peak(args: argparse.Namespace) -> None:
 
 
 def growth(args: argparse.Namespace) -> dict[str, Any]:
-    """Time of a forward pass at four batch sizes, and of the order of an epoch at four numbers of pictures."""
+    """Time and memory of a forward pass at four batch sizes, and time of an epoch's batches of four data sets."""
     sizes = [args.batch_size * factor for factor in (1, 2, 4, 8)]
     steps = {}
     for size in sizes:
@@ -304,8 +311,23 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for size in sizes:
         row = summary(times[str(size)], times[str(sizes[0])])
-        rows[f"batch of {size}"] = {**row, "ms_per_picture": round(row["median_s"] / size * 1000, 1)}
+        row |= {"ms_per_picture": round(row["median_s"] / size * 1000, 1), "peak_gib": peak_of(args, "forward", size)}
+        rows[f"batch of {size}"] = row
+    for number in (n // (100 if args.tiny else 1) for n in (10_000, 20_000, 40_000, 80_000)):
+        with tempfile.TemporaryDirectory() as folder:
+            pictures = torch.from_file(f"{folder}/pictures", True, number * 3 * args.size**2, dtype=torch.uint8)
+            pictures.random_()
+            batches = Batches(pictures.view(-1, 3, args.size, args.size), train_batch_size=64, seed=0)
+            flips = torch.rand(64) < 0.5
+            times = [seconds(lambda: read_epoch(batches, flips), args) for _ in range(args.repeats)]  # noqa: B023
+        row = summary(times, times)
+        rows[f"{number:,} pictures"] = {**row, "ms_per_picture": round(row["median_s"] / number * 1000, 4)}
     return {"rows": rows, "batch_size": args.batch_size}
+
+
+def read_epoch(batches: Batches, flips: torch.Tensor) -> None:
+    for step in range(len(batches.pictures) // batches.train_batch_size):  # whole ones
+        batches.clean_of_step(step, flips)
 
 
 def summary(values: list[float], first: list[float]) -> dict[str, float]:

@@ -408,6 +408,10 @@ def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
 # ---- ablation ----
 
 
+TINY_UNET = {"block_out_channels": [8, 16], "attention_levels": [False, True]}
+TINY_RUN = {"resolution": 16, "train_batch_size": 8, "eval_batch_size": 2, "mixed_precision": "no"}
+
+
 @pytest.fixture
 def ablation(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     folder = Path(__file__).parent.parent / "benchmarks"
@@ -438,6 +442,24 @@ def test_every_variant_differs_from_the_modern_recipe_in_its_own_lever_only(abla
         assert recipes["dropout 0.1"]["unet"]["dropout"] == 0.1 and modern["unet"]["dropout"] == 0.0
 
 
+@pytest.mark.slow  # it trains
+def test_the_ablation_trains_with_the_variants_recipe_and_refuses_another(
+    ablation: dict[str, Any], reference: Path, tmp_path: Path
+) -> None:
+    args = argparse.Namespace(reference=reference, output_dir=tmp_path / "ablation", num_pictures=16, full=False)
+    ablation["train"].__globals__["UNET"] |= TINY_UNET
+    ablation["train"].__globals__["load_recipe"] = lambda name: {**load_recipe(name), **TINY_RUN}
+    model = ablation["train"]("predicts ε", args)
+    trained = AnimeFacePipeline.from_pretrained(model)
+    assert trained.scheduler.config.prediction_type == "epsilon" and trained.value_range == (-1, 1)
+    assert json.loads((model / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 2
+    when = (model / "model_index.json").stat().st_mtime_ns
+    assert ablation["train"]("predicts ε", args) == model  # there already
+    assert (model / "model_index.json").stat().st_mtime_ns == when
+    with pytest.raises(SystemExit, match="another command"):
+        ablation["train"]("predicts ε", argparse.Namespace(**{**vars(args), "num_pictures": 32}))
+
+
 def test_the_ablation_writes_table_and_pictures_row_by_row(
     ablation: dict[str, Any], model: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +470,7 @@ def test_the_ablation_writes_table_and_pictures_row_by_row(
         (output / name).mkdir(parents=True, exist_ok=True)
         if not (output / name / "model").exists():
             (output / name / "model").symlink_to(model)
+            (output / name / "recipe.yaml").write_text("max_train_steps: 7\ntrain_batch_size: 14\n", encoding="utf-8")
         return output / name / "model"
 
     flags = [
@@ -458,11 +481,69 @@ def test_the_ablation_writes_table_and_pictures_row_by_row(
         "modern",
         "original",
     ]
-    flags += [f"--cache_dir={tmp_path / 'cache'}", "--num_images=8", "--num_inference_steps=3"]
+    flags += [f"--cache_dir={tmp_path / 'cache'}", "--num_images=8", "--num_inference_steps=3", "--scheduler=ddpm"]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *flags])
     monkeypatch.setitem(ablation["main"].__globals__, "train", trained)
     ablation["main"]()
     table = (output / "ablation.md").read_text(encoding="utf-8")
     value = result(output / "original" / "evaluation")["in_domain"]["frechet_distance"]
-    assert f"| original | 100 | 7 | {value:.3f} |" in table and "real pictures, limit" in table
+    assert (
+        f"| original | 98 | 7 | {value:.3f} |" in table
+        and "DDPMScheduler, 3 steps" in table
+        and "real pictures, limit" in table
+    )
     assert Image.open(output / "ablation.png").size == (200 + 8 * 18, 2 * 18)
+
+
+# ---- pictures of two runs, and losses of several ----
+
+
+def test_two_runs_are_compared_by_seed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "compare_pictures.py"))
+
+    def draw(name: str, *flags: str) -> Path:
+        with pytest.raises(SystemExit):
+            generate.main([str(model), f"--output_dir={tmp_path / name}", "--scheduler=ddim", *flags])
+        return tmp_path / name
+
+    full = draw("full", "--num_images=3", "--num_inference_steps=3")
+    half = draw("half", "--num_images=4", "--num_inference_steps=3", "--dtype=bfloat16")
+    other = draw("other", "--num_images=3", "--num_inference_steps=4")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["x", str(full), str(half), f"--output_file={tmp_path / 'compared.png'}"])
+    benchmark["main"]()
+    said = capsys.readouterr().out
+    names = sorted(file.name for file in full.glob("seed-*.png"))
+    pictures = [[np.asarray(Image.open(folder / name), dtype=float) for name in names] for folder in (full, half)]
+    mean = np.abs(np.array(pictures[0]) - np.array(pictures[1])).mean()
+    assert f"| all | {mean:.2f} |" in said and said.count("| seed-") == 3
+    assert Image.open(tmp_path / "compared.png").size == (3 * 16, 2 * 16)
+    monkeypatch.setattr(sys, "argv", ["x", str(full), str(other)])
+    with pytest.raises(SystemExit, match="differ in num_inference_steps"):
+        benchmark["main"]()
+
+
+@pytest.mark.slow  # it trains three times
+def test_loss_curves_of_the_levers_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    benchmark = runpy.run_path(str(folder / "loss_curves.py"))
+    del benchmark["LEVERS"]["bf16, channels last, compiled"]  # minutes
+    faces = save_pictures(tmp_path / "faces", 16, seed=0)
+    flags = [f"--train_data_dir={faces}", f"--output_dir={tmp_path / 'curves'}", "--resolution=16"]
+    flags += ["--max_train_steps=20", "--train_batch_size=4", "--eval_batch_size=1", "--ddpm_num_inference_steps=2"]
+    monkeypatch.setattr(sys, "argv", ["loss_curves.py", *flags])
+    benchmark["main"]()
+    rows = json.loads((tmp_path / "curves" / "loss_curves.json").read_text(encoding="utf-8"))["rows"]
+    plain = rows.pop("float32, eager, contiguous")
+    assert plain["largest_difference"] == 0 and len(rows) == 2
+    assert rows["channels last"]["largest_difference"] < 1e-3
+    assert 0 < rows["bf16"]["largest_difference"] < 0.05
+    assert Image.open(tmp_path / "curves" / "loss_curves.png").width > 500
+    monkeypatch.setattr(sys, "argv", ["loss_curves.py", *flags, "--seed=1"])
+    with pytest.raises(SystemExit, match="another command"):
+        benchmark["main"]()

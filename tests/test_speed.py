@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_unet
 from trainer import TINY_RECIPE, Trainer
 
-from animeface_pipeline import AnimeFacePipeline
+from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
 from animeface_pipeline.config import parse_args
 from animeface_pipeline.schedulers import original_scheduler
-from animeface_pipeline.speed import FAST, choose_fast_settings, speed_up
+from animeface_pipeline.speed import FAST, choose_fast_settings, compile_for_sampling, speed_up
 
 WITHOUT_DROPOUT = {**TINY_RECIPE["unet"], "dropout": 0.0}  # its masks depend on the layout in memory
 
@@ -28,6 +28,35 @@ def test_a_faster_pipeline_draws_the_same_pictures() -> None:
     assert (drawn(pipe) - before).abs().max() < 1e-3
     assert drawn(speed_up(pipe, torch_dtype=torch.bfloat16)).dtype == torch.float32
     assert (drawn(pipe) - before).abs().mean() < 0.02 and pipe.unet.dtype == torch.bfloat16
+
+
+def test_it_can_be_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(forward) or forward)
+    unet = tiny_unet()
+    expected = unet.eval()(torch.ones(1, 3, 16, 16), 5).sample
+    for _ in range(2):
+        compile_for_sampling(unet)
+    assert compiled[0] == compiled[1] == AnimeFaceUNet2DModel.forward.__get__(unet)
+    assert torch.allclose(unet(torch.ones(1, 3, 16, 16), 5).sample, expected, atol=1e-3)
+
+
+@pytest.mark.slow  # the compiler takes minutes on a CPU
+def test_compiled_for_sampling_it_computes_the_same_and_takes_new_weights_when_compiled_again() -> None:
+    pipe = AnimeFacePipeline(tiny_unet(), original_scheduler())
+    before, names = drawn(pipe), set(pipe.unet.state_dict())
+    assert (drawn(speed_up(pipe, compile_mode="default")) - before).abs().max() < 1e-3
+    assert set(pipe.unet.state_dict()) == names
+    torch.nn.init.zeros_(pipe.unet.conv_out.weight)
+    changed = drawn(AnimeFacePipeline(copy_of(pipe.unet), original_scheduler()))
+    assert (drawn(speed_up(pipe, compile_mode="default")) - changed).abs().max() < 1e-3
+    assert (changed - before).abs().max() > 0.01
+
+
+def copy_of(unet: AnimeFaceUNet2DModel) -> AnimeFaceUNet2DModel:
+    other = tiny_unet()
+    other.load_state_dict(unet.state_dict())
+    return other
 
 
 @pytest.mark.slow  # the compiler takes minutes on a CPU
