@@ -103,7 +103,8 @@ def parse_device(text: str) -> torch.device:
 
 
 def best_device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def _first_line(error: Exception) -> str:

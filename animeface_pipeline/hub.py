@@ -58,6 +58,7 @@ class TrainingSummary:
         hub_dataset (`str`): Their name on the Hub, if they are there; for the card's `datasets:`.
         dataset_size (`int`): How many pictures were trained on.
         steps (`int`), epochs (`float`), samples_seen (`int`), batch_size (`int`): How long it was trained.
+        hours (`float`): How long the updates took, without sampling and saving.
         ema_decay (`float`): The decay of the averaged weights that are saved; None if they are the trained ones.
         hardware (`str`), commit (`str`), versions (`Mapping[str, str]`): What it was trained on and with.
         losses (`Sequence[tuple[int, float]]`): (step, training loss), for the curve.
@@ -77,6 +78,7 @@ class TrainingSummary:
     epochs: float | None = None
     samples_seen: int | None = None
     batch_size: int | None = None
+    hours: float | None = None
     ema_decay: float | None = None
     hardware: str | None = None
     commit: str | None = None
@@ -240,6 +242,7 @@ def training_table(summary: TrainingSummary) -> dict[str, str]:
         "steps": summary.steps and f"{summary.steps:,}",
         "epochs": summary.epochs and f"{summary.epochs:g}",
         "pictures seen": summary.samples_seen and f"{summary.samples_seen:,}",
+        "hours": summary.hours and f"{summary.hours:.2g}",
         "averaged weights (EMA)": averaged if trained else None,
         "hardware": summary.hardware,
         "software": ", ".join(f"{name} {number}" for name, number in summary.versions.items()),

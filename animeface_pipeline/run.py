@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,7 @@ class Run:
         """What the card tells of this run: no paths, they are nobody's business."""
         config, of_the_hub = self.config, not os.path.isdir(self.config.dataset_name or ".")
         seen = self.total_steps / self.batches.steps_per_epoch
+        log, batch_size = self.folder.read_log(), self.batches.total_batch_size
         return TrainingSummary(
             recipe=Path(config.config).stem,
             settings=config.recipe_values(),
@@ -291,14 +293,23 @@ class Run:
             steps=self.total_steps,
             epochs=round(seen, 2),
             samples_seen=round(seen * len(self.batches.pictures)),
-            batch_size=self.batches.total_batch_size,
+            batch_size=batch_size,
+            hours=training_hours(log, batch_size),
             ema_decay=config.ema_max_decay if config.use_ema else None,
             hardware=f"{self.accelerator.num_processes} × {hardware_name()}",
             commit=code_commit(),
             versions=library_versions(),
-            losses=[(entry["step"], entry["loss"]) for entry in self.folder.read_log()],
+            losses=[(entry["step"], entry["loss"]) for entry in log],
             base_model=base_model(config),
         )
+
+
+def training_hours(log: list[dict[str, Any]], batch_size: int) -> float:
+    """What the updates took, without sampling, saving and what happened between two runs."""
+    seconds = 0.0
+    for former, entry in pairwise([{"step": 0}, *log]):
+        seconds += (entry["step"] - former["step"]) * batch_size / max(entry["pictures_per_second"], 0.01)
+    return seconds / 3600
 
 
 def hub_model_id(config: TrainingConfig) -> str:

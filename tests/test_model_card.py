@@ -50,6 +50,7 @@ EVERYTHING = TrainingSummary(
     dataset_size=20_626,
     steps=12_345,
     epochs=15.5,
+    hours=3.28,
     samples_seen=790_080,
     batch_size=64,
     ema_decay=0.9999,
