@@ -162,7 +162,7 @@ def describe_run(pipe: AnimeFacePipeline, args: argparse.Namespace) -> dict[str,
     """What the pictures depend on, by names and by the weights' hash."""
     weights = hashlib.sha256()
     for tensor in pipe.unet.state_dict().values():
-        weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     config = json.loads(pipe.scheduler.to_json_string())
     return {
         "animeface_pipeline": __version__,

@@ -54,7 +54,7 @@ BAD_FLAGS = [
     (["--value_range", "1", "0"], "must be two finite numbers, the smaller one first"),
     (["--value_range", "0", "nan"], "must be two finite numbers"),
     (["--seed", "-1"], "--seed -1: must be at least 0"),
-    (["--config", "nope"], "no such recipe; there are cpu, original"),
+    (["--config", "nope"], "no such recipe; there are cpu, modern, original"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
 ]
 
