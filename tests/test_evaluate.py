@@ -434,7 +434,7 @@ def test_every_variant_differs_from_the_modern_recipe_in_its_own_lever_only(abla
                 assert len(changed) == (name != "modern"), (name, changed)
         original = load_recipe("original")
         laid_over = {*counts, "unet", "eval_scheduler", "ddpm_num_inference_steps", "save_images_epochs"}
-        laid_over |= set() if full else {"learning_rate"}
+        laid_over |= set() if full else {"learning_rate", "train_batch_size"}
         assert {key: recipes["original"][key] for key in original if key not in laid_over} == {
             key: value for key, value in original.items() if key not in laid_over
         }
