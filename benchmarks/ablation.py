@@ -29,8 +29,8 @@ from animeface_pipeline.config import load_recipe
 
 DRAWN_WITH = ["--scheduler=dpmsolver++", "--num_inference_steps=25"]
 UNET = {"block_out_channels": [16, 32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8}
-# What a small network wants otherwise than the full one, by recipe: a higher learning rate and smaller batches in both,
-# or it learns next to nothing in so short a time. The layout in memory changes its speed only.
+# What a small network wants otherwise than the full one, by recipe: a higher learning rate and smaller batches in
+# both, or it learns next to nothing in so short a time. The layout in memory changes its speed only.
 SMALL = {
     "modern": {"learning_rate": 5e-4, "lr_warmup_steps": 50, "train_batch_size": 8, "channels_last": False},
     "original": {"learning_rate": 5e-4, "train_batch_size": 16},

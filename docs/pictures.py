@@ -30,7 +30,7 @@ def save(name: str, *rows: list[Image.Image]) -> None:
 
 
 def main() -> None:
-    pipe = AnimeFacePipeline.from_pretrained(EMBEDDED_MODEL, torch_dtype=torch.float32)
+    pipe = AnimeFacePipeline.from_pretrained(EMBEDDED_MODEL)
     pipe.scheduler = switch_scheduler(pipe.scheduler, "unipc")
 
     faces, strips = denoising_strips(pipe, COLUMNS, batch_size=2, generator=seeds(ONE, OTHER), num_inference_steps=30)
