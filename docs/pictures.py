@@ -15,7 +15,7 @@ from animeface_pipeline.interpolate import draw_from_noise, interpolate, invert,
 from animeface_pipeline.schedulers import switch_scheduler
 
 HERE = Path(__file__).parent
-ONE, OTHER = 0, 1  # seeds
+ONE, OTHER, THIRD = 41, 15, 2  # seeds
 EYES, HAIR = (8, 26, 56, 46), (0, 0, 64, 26)  # left, upper, right, lower
 STRENGTHS = [0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
 COLUMNS = 10
@@ -37,7 +37,7 @@ def main() -> None:
     save("strip", *([strip] for strip in strips))
 
     ends = noise_of_seeds(pipe, [ONE, OTHER])
-    found = torch.cat([invert(pipe, faces[1]), noise_of_seeds(pipe, [OTHER + 1])])
+    found = torch.cat([invert(pipe, faces[1]), noise_of_seeds(pipe, [THIRD])])
     save("mix", *(draw_from_noise(pipe, interpolate(noise, COLUMNS)) for noise in (ends, found)))
 
     edit = AnimeFaceImg2ImgPipeline(**pipe.components)
@@ -50,7 +50,7 @@ def main() -> None:
 
 def edited(edit: AnimeFaceImg2ImgPipeline, face: Image.Image) -> list[Image.Image]:
     """The face, and what it becomes as the strength grows, from the same seed."""
-    return [face, *(edit(face, strength, 30, seeds(ONE)[0]).images[0] for strength in STRENGTHS)]
+    return [face, *(edit(face, strength, 30, seeds(THIRD)[0]).images[0] for strength in STRENGTHS)]
 
 
 def repainted(
