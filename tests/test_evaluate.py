@@ -428,7 +428,7 @@ def test_every_variant_differs_from_the_modern_recipe_in_its_own_lever_only(abla
             seen = recipe["max_train_steps"] * recipe["train_batch_size"]
             assert seen == (5 if "5 times" in name else 1) * 6400
             changed = {key for key in {*recipe, *modern} - counts if recipe.get(key) != modern.get(key)}
-            if name == "predicts ε, without min-SNR":
+            if name == "predicts the noise, without min-SNR":
                 assert changed == {"prediction_type", "snr_gamma"}
             elif not name.startswith("original"):
                 assert len(changed) == (name != "modern"), (name, changed)
@@ -449,15 +449,15 @@ def test_the_ablation_trains_with_the_variants_recipe_and_refuses_another(
     args = argparse.Namespace(reference=reference, output_dir=tmp_path / "ablation", num_pictures=16, full=False)
     ablation["train"].__globals__["UNET"] |= TINY_UNET
     ablation["train"].__globals__["load_recipe"] = lambda name: {**load_recipe(name), **TINY_RUN}
-    model = ablation["train"]("predicts ε", args)
+    model = ablation["train"]("predicts the noise", args)
     trained = AnimeFacePipeline.from_pretrained(model)
     assert trained.scheduler.config.prediction_type == "epsilon" and trained.value_range == (-1, 1)
     assert json.loads((model / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 2
     when = (model / "model_index.json").stat().st_mtime_ns
-    assert ablation["train"]("predicts ε", args) == model  # there already
+    assert ablation["train"]("predicts the noise", args) == model  # there already
     assert (model / "model_index.json").stat().st_mtime_ns == when
     with pytest.raises(SystemExit, match="another command"):
-        ablation["train"]("predicts ε", argparse.Namespace(**{**vars(args), "num_pictures": 32}))
+        ablation["train"]("predicts the noise", argparse.Namespace(**{**vars(args), "num_pictures": 32}))
 
 
 def test_the_ablation_writes_table_and_pictures_row_by_row(
