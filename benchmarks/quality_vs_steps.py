@@ -128,6 +128,8 @@ def plot(number: int, by_solver: dict[str, dict[int, Any]], file: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"in-domain Fréchet distance, {number:,} pictures")
     axes.set_xticks(ticks, [str(each) for each in ticks])
     axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
