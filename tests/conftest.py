@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch: threads that wait leave the cores to others
@@ -19,6 +20,8 @@ TINY = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `pytest &` hands down an ignored one
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
