@@ -47,7 +47,8 @@ def prepare_for_training(unet: torch.nn.Module, config: TrainingConfig) -> None:
 
 def compile_for_sampling(unet: torch.nn.Module, mode: str = "default") -> None:
     """Channels last and compiled, in place. On a CPU the weights of the first call are packed for it and stay."""
-    vars(unet).pop("forward", None)  # of a former call
+    if vars(unet).pop("forward", None):  # of a former call, whose code would be found again, old weights and all
+        torch.compiler.reset()
     unet.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's hints
     compiled = torch.compile(unet.forward, mode=mode, dynamic=False)
     if next(unet.parameters()).device.type == "cpu":
@@ -61,7 +62,7 @@ def speed_up(
     r"""
     Make a pipeline sample faster, in place: channels-last weights; on a GPU also half precision, and compilation with
     CUDA graphs. The scheduler and the sample stay in float32. It is for sampling only: compiled on a CPU, the network
-    keeps to the weights that it has now; called again, it is compiled anew.
+    keeps to the weights that it has now; called again, it is compiled anew, and whatever else was compiled as well.
 
     Args:
         pipe ([`AnimeFacePipeline`]): The pipeline, on the device that it will run on.
