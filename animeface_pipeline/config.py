@@ -36,6 +36,7 @@ def one_of(*choices: str) -> Rule:
 
 ANYTHING: Rule = ("", lambda value: True)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -62,7 +63,7 @@ class TrainingConfig:
     output_dir: str = run("the folder that the pipeline, the log and the grids are written to", "animeface-64")
     cache_dir: str | None = run("where decoded pictures are kept (default: animeface_pipeline in the user's cache)")
     overwrite_output_dir: bool = run("remove what a former run wrote to output_dir, and nothing else", False)
-    fast: bool = run("turn on what is fastest on this machine; other flags go over it", False)
+    fast: bool = run("turn on what is fast on this machine (a CPU keeps its precision); other flags go over it", False)
     resume_from_checkpoint: str | None = run('go on from a checkpoint: "latest", or a folder checkpoint-N')
     model_config_name_or_path: str | None = run("a JSON file of constructor arguments, a folder or a Hub name")
     pretrained_model_name_or_path: str | None = run("start from the weights of this pipeline (a folder or a Hub name)")
@@ -129,6 +130,12 @@ class TrainingConfig:
         low, high = self.value_range
         if not -float("inf") < low < high < float("inf"):
             raise BadInput(f"--value_range {low} {high}: must be two finite numbers, the smaller one first")
+        if self.torch_compile in CUDA_GRAPHS and self.gradient_accumulation_steps > 1:
+            raise BadInput(
+                f"--torch_compile {self.torch_compile}: its CUDA graphs overwrite the gradients that"
+                f" --gradient_accumulation_steps {self.gradient_accumulation_steps} adds up; take default or"
+                " max-autotune-no-cudagraphs"
+            )
 
     def recipe_values(self) -> dict[str, Any]:
         """The values of all recipe keys: what this run would be if it were written down as a recipe."""

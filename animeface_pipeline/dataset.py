@@ -267,7 +267,7 @@ class Batches:
         self.total_batch_size = train_batch_size * gradient_accumulation_steps * num_processes
         usable = len(pictures) // num_processes * num_processes
         self.steps_per_epoch = -(-usable // self.total_batch_size)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
     def of_step(self, step: int) -> list[Batch]:
         """This process's batches for update `step` (from 0), one for each accumulation step."""
@@ -298,10 +298,10 @@ class Batches:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = np.random.default_rng(stream_seed(self.seed, "order", epoch)).permutation(len(self.pictures))
-            self._order = (epoch, order)
+            self._order = (epoch, torch.from_numpy(order).to(self.pictures.device))
         start = step_in_epoch * self.total_batch_size
-        rows = torch.from_numpy(self._order[1][start + mine.start : start + mine.stop])
-        return self.pictures[rows.to(self.pictures.device)].to(self.device, non_blocking=True)
+        rows = self._order[1][start + mine.start : start + mine.stop]
+        return self.pictures[rows].to(self.device, non_blocking=True)
 
 
 def to_value_range(pictures: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:

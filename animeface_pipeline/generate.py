@@ -153,7 +153,7 @@ def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
     torch.backends.cudnn.allow_tf32 = False  # torch allows it by default: float32 pictures would depend on the device
     pipe.to(args.device or best_device())
     if args.compile:
-        compile_for_sampling(pipe.unet)
+        compile_for_sampling(pipe.unet, "reduce-overhead" if pipe.device.type == "cuda" else "default")
     pipe.set_progress_bar_config(desc="denoising", leave=False, position=1, disable=None)
     return pipe
 

@@ -68,7 +68,7 @@ class AnimeFaceImg2ImgPipeline(AnimeFacePipeline):
 
         # 1. prepare: x_t = α_t x_0 + σ_t ε (Ho et al. 2020, eq. 4) at the first timestep that is left
         scheduler = self.scheduler
-        scheduler.set_timesteps(num_inference_steps, device=clean.device)
+        scheduler.set_timesteps(num_inference_steps)
         start = (num_inference_steps - steps) * scheduler.order  # solvers of order 2 have two timesteps for a step
         timesteps = scheduler.timesteps[start:]
         if hasattr(scheduler, "set_begin_index"):

@@ -110,7 +110,7 @@ class AnimeFaceInpaintPipeline(AnimeFacePipeline):
                     continue
                 timestep = timesteps[before - 1]
                 # What a multistep solver remembers is of another sample than the one pasted together below: forget it.
-                scheduler.set_timesteps(num_inference_steps, device=device)
+                scheduler.set_timesteps(num_inference_steps)
                 unknown = self.denoise_step(sample, timestep, generator)  # eq. 8b
                 known = alphas[after] * clean + sigmas[after] * noise()  # eq. 8a
                 sample = torch.where(mask, unknown, known)  # eq. 8c
@@ -141,7 +141,7 @@ class AnimeFaceInpaintPipeline(AnimeFacePipeline):
     def _alphas_and_sigmas(self, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """α and σ of x_t = α_t x_0 + σ_t ε at each level, the clean one first: what it adds to 1 and to 0."""
         scheduler = self.scheduler
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler.set_timesteps(num_inference_steps)
         timesteps = scheduler.timesteps
         try:
             if getattr(scheduler, "order", 1) != 1 or len(timesteps) != num_inference_steps:

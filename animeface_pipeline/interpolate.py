@@ -146,13 +146,14 @@ def invert(
     scheduler = DDIMInverseScheduler.from_config(
         config, prediction_type="epsilon", timestep_spacing="trailing", clip_sample=False
     )
-    scheduler.set_timesteps(num_inference_steps, device=pipe.device)
+    scheduler.set_timesteps(num_inference_steps)
     sample = pipe.encode(image)
     for timestep in pipe.progress_bar(scheduler.timesteps):
         end = sample
         for _ in range(num_iterations):
-            prediction = pipe.unet(end.to(pipe.unet.dtype), timestep, return_dict=False)[0].float()
-            alpha_bar = scheduler.alphas_cumprod[timestep.cpu()].to(end.device)
+            model_input, on_device = end.to(pipe.unet.dtype), timestep.to(end.device, non_blocking=True)
+            prediction = pipe.unet(model_input, on_device, return_dict=False)[0].float()
+            alpha_bar = scheduler.alphas_cumprod[timestep]
             noise = _as_noise(pipe.scheduler.config.prediction_type, prediction, end, alpha_bar)
             end = scheduler.step(noise, timestep, sample).prev_sample
         sample = end
@@ -224,7 +225,7 @@ def draw_from_noise(
     images = []
     with tqdm(total=len(noise), unit="image", disable=None) as progress:
         for batch in noise.split(batch_size):
-            pipe.scheduler.set_timesteps(num_inference_steps, device=pipe.device)
+            pipe.scheduler.set_timesteps(num_inference_steps)
             sample = pipe.denoise(batch * pipe.scheduler.init_noise_sigma, pipe.scheduler.timesteps)
             array = pipe.decode(sample, "np")
             if not np.isfinite(array).all():

@@ -111,7 +111,7 @@ class Tasks:
 
         def call(callback_on_step_end: Any, **_: Any) -> tuple[np.ndarray]:
             noise = interpolate(invert(pipe, [start, end], steps), num_frames)
-            pipe.scheduler.set_timesteps(steps, device=pipe.device)
+            pipe.scheduler.set_timesteps(steps)
             return (pipe.decode(pipe.denoise(noise, pipe.scheduler.timesteps, None, callback_on_step_end), "np"),)
 
         for seen in _watch(pipe, call):

@@ -225,7 +225,7 @@ class AnimeFacePipeline(DiffusionPipeline):
         # 1. prepare: x_T ~ N(0, I), always in float32, so that a half-precision network gets the same noise
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self.scheduler.set_timesteps(num_inference_steps)
 
         # 2. loop
         sample = self.denoise(
@@ -278,7 +278,9 @@ class AnimeFacePipeline(DiffusionPipeline):
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if accepts_generator else {}
         model_input = self.scheduler.scale_model_input(sample, timestep).to(self.unet.dtype)
-        prediction = self.unet(model_input, timestep, return_dict=False)[0].float()
+        on_device = timestep.to(sample.device, non_blocking=True)  # the scheduler's stays on the CPU: it branches on it
+        prediction = self.unet(model_input, on_device, return_dict=False)[0]
+        prediction = prediction.to(torch.float32, copy=True)  # a solver keeps it, and a CUDA graph writes over its own
         return self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
 
     def preprocess(self, image: Any) -> torch.Tensor:

@@ -250,17 +250,18 @@ class Run:
                     print(f"cannot write the grid ({error}); going on", file=sys.stderr)
 
     def stop_after_signal(self, done: int) -> None:
-        number = torch.tensor(self.signals.number, device=self.accelerator.device)
+        number = self.signals.number
         if self.accelerator.num_processes > 1:
-            number = self.accelerator.gather(number.view(1)).max()
-        if int(number) == 0 or done == self.total_steps:
+            mine = torch.tensor([number], device=self.accelerator.device)
+            number = int(self.accelerator.gather(mine).max())
+        if number == 0 or done == self.total_steps:
             return
         saved = self.folder.save_checkpoint(done, self.config.checkpoints_total_limit)
         state = f"saved after update {done}" if saved else "could not save"
         raise Stopped(
-            f"stopped by {signal.Signals(int(number)).name}, {state}; the same command with"
+            f"stopped by {signal.Signals(number).name}, {state}; the same command with"
             " --resume_from_checkpoint latest goes on",
-            128 + int(number),
+            128 + number,
         )
 
     def finish(self) -> int:

@@ -7,6 +7,7 @@
 ```
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ FAST: dict[str, dict[str, Any]] = {
 }
 
 
+def can_compile_on_gpu() -> bool:
+    """Whether torch.compile can make GPU code: it needs Triton (which pip leaves out on Windows), and that a Volta."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
+
+
 def choose_fast_settings(config: TrainingConfig) -> None:
     """With `--fast`, set what is fastest on this machine, except what a flag says otherwise."""
     if not config.fast:
@@ -30,6 +36,8 @@ def choose_fast_settings(config: TrainingConfig) -> None:
     settings = dict(FAST["cuda" if has_gpu else "cpu"])
     if has_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         settings["mixed_precision"] = "fp16"
+    if has_gpu and not can_compile_on_gpu():
+        settings["torch_compile"] = None
     for name, value in settings.items():
         if name not in config.given:
             setattr(config, name, value)
@@ -69,9 +77,9 @@ def speed_up(
         torch_dtype (`torch.dtype`, *optional*):
             Of the network. By default bfloat16 on a GPU that has it, else float16; on a CPU as it is.
         compile_mode (`str`, *optional*):
-            A mode of `torch.compile`. By default `"reduce-overhead"` (CUDA graphs) on a GPU; on a CPU no compilation,
-            but `"default"` pays off there too if there is much to draw. The first call takes a minute or more, and
-            so does the first with another batch size.
+            A mode of `torch.compile`. By default `"reduce-overhead"` (CUDA graphs) on a GPU if Triton is there; on a
+            CPU no compilation, but `"default"` pays off there too if there is much to draw. The first call takes a
+            minute or more, and so does the first with another batch size.
 
     Returns:
         [`AnimeFacePipeline`]: the same pipeline.
@@ -88,7 +96,8 @@ def speed_up(
     """
     if pipe.device.type == "cuda":
         half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        torch_dtype, compile_mode = torch_dtype or half, compile_mode or "reduce-overhead"
+        torch_dtype = torch_dtype or half
+        compile_mode = compile_mode or ("reduce-overhead" if can_compile_on_gpu() else None)
     if torch_dtype is not None:
         pipe.unet.to(dtype=torch_dtype)
     if compile_mode is not None:

@@ -233,7 +233,12 @@ def update(
 
     The fused optimizer reads `found_inf` on the device, so nothing waits. In fp16 Accelerate's scaler does the same.
     """
-    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm or math.inf)
+    if max_grad_norm is None:
+        accelerator.unscale_gradients()  # in fp16
+        gradients = [tensor.grad for tensor in unet.parameters() if tensor.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+    else:
+        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm)
     if accelerator.scaler is None:
         optimizer.optimizer.grad_scale = None
         optimizer.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()

@@ -7,9 +7,10 @@ import torch
 from conftest import tiny_unet
 from trainer import TINY_RECIPE, Trainer
 
-from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
+from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel, speed
+from animeface_pipeline.cli import BadInput
 from animeface_pipeline.config import parse_args
-from animeface_pipeline.schedulers import original_scheduler
+from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
 from animeface_pipeline.speed import FAST, choose_fast_settings, compile_for_sampling, speed_up
 
 WITHOUT_DROPOUT = {**TINY_RECIPE["unet"], "dropout": 0.0}  # its masks depend on the layout in memory
@@ -83,7 +84,27 @@ def test_channels_last_training_has_the_same_curve(tmp_path: Path) -> None:
 def test_fast_is_a_table_and_flags_go_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    config = parse_args(["--train_data_dir", "x", "--fast", "--no-channels_last"], description="")
-    choose_fast_settings(config)
-    assert (config.mixed_precision, config.channels_last) == ("fp16", False)
-    assert config.torch_compile == FAST["cuda"]["torch_compile"] and config.allow_tf32
+    for has_triton in (True, False):
+        monkeypatch.setattr(speed, "can_compile_on_gpu", lambda has_triton=has_triton: has_triton)
+        config = parse_args(["--train_data_dir", "x", "--fast", "--no-channels_last"], description="")
+        choose_fast_settings(config)
+        assert (config.mixed_precision, config.channels_last) == ("fp16", False)
+        assert config.torch_compile == (FAST["cuda"]["torch_compile"] if has_triton else None) and config.allow_tf32
+
+
+def test_cuda_graphs_and_accumulation_are_refused_together() -> None:
+    flags = ["--train_data_dir", "x", "--gradient_accumulation_steps", "2", "--torch_compile"]
+    with pytest.raises(BadInput, match="--torch_compile reduce-overhead.*max-autotune-no-cudagraphs"):
+        parse_args([*flags, "reduce-overhead"], description="")
+    assert parse_args([*flags, "default"], description="").torch_compile == "default"
+
+
+@pytest.mark.parametrize("solver", ["dpmsolver++", "unipc"])
+def test_a_solver_keeps_no_memory_of_the_network_that_a_cuda_graph_would_overwrite(
+    solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = switch_scheduler(original_scheduler(prediction_type="sample"), solver)
+    pipe = AnimeFacePipeline(tiny_unet(), scheduler)
+    before, forward, held = drawn(pipe), pipe.unet.forward, torch.empty(2, 3, 16, 16)
+    monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: (held.copy_(forward(*args, **kwargs)[0]),))
+    assert torch.equal(drawn(pipe), before)
