@@ -278,7 +278,7 @@ class AnimeFacePipeline(DiffusionPipeline):
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if accepts_generator else {}
         model_input = self.scheduler.scale_model_input(sample, timestep).to(self.unet.dtype)
-        on_device = timestep.to(sample.device, non_blocking=True)  # the scheduler's stays on the CPU: it branches on it
+        on_device = timestep.to(sample.device, non_blocking=True)  # the scheduler branches on the CPU's
         prediction = self.unet(model_input, on_device, return_dict=False)[0]
         prediction = prediction.to(torch.float32, copy=True)  # a solver keeps it, and a CUDA graph writes over its own
         return self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample

@@ -7,12 +7,15 @@
     python benchmarks/speed.py growth --output_file growth.json
 
 The variants take turns, `--repeats` times in one run, after each was run twice to warm up; shown are the median, the
-least and the most, and the ratio of the medians to the first row. The roof is a large matrix product in the same
-number format, and a copy in the device's memory, in the same run. On a GPU the full-size network and batches of 64; on
-a CPU batches of 4, unless told otherwise. `--device` chooses; `--tiny` takes a very small network, to try it.
+least and the most, and the ratio of the medians to the first row. Our update is made of the trainer's own parts, with
+pictures in the device's memory; the original and Diffusers' example open and decode their files with Pillow. The roof
+is a large matrix product in the same number format, and a copy in the device's memory, in the same run. On a GPU the
+full-size network and batches of 64; on a CPU batches of 4, unless told otherwise. `--device` chooses; `--tiny` takes a
+very small network, to try it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,19 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
 from hardware import machine
+from loader import Files
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
 from animeface_pipeline.dataset import Batches
 from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
 from animeface_pipeline.speed import compile_for_sampling
+from animeface_pipeline.training import Meter, diffusion_loss, update
 
 GFLOP_FORWARD, GFLOP_TRAINING = 32.2, 96.7  # of the full-size network for one picture of 64×64
 FULL = {"block_out_channels": (64, 128, 256, 1024), "attention_levels": (False, False, True, True)}
@@ -44,42 +53,56 @@ TINY = {"block_out_channels": (8, 16), "attention_levels": (False, True), "norm_
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the network: the original's, or with some of our levers."""
+    """A way to run the network: in the original's loop, in Diffusers' example's, or in ours, with some levers."""
 
+    loop: str = "ours"  # or "original", or "diffusers": a UNet2DModel of the same widths
     precision: torch.dtype = torch.float32
     channels_last: bool = False
     compile_mode: str | None = None
-    optimizer: str = "fused"  # "adam": the original's
-    ema: bool = False
-    waits: bool = False  # reads the loss after every step, as the original does
-    diffusers: bool = False  # a UNet2DModel of the same widths, in a loop as in Diffusers' example
+    tf32: bool = False  # in matrix products too; in convolutions torch has it by default
+    fused: bool = False  # the optimizer of the original's loop; ours always is
+    foreach: bool = True  # the EMA
+    pictures_on: str = "device"
     gradient_checkpointing: bool = False
 
+    @property
+    def only_on_gpu(self) -> bool:
+        return self.tf32 or self.pictures_on == "cpu" or self.compile_mode not in (None, "default")
 
-AS_ORIGINAL = Variant(optimizer="adam", waits=True)
+
+AS_ORIGINAL = Variant(loop="original")
 BF16 = torch.bfloat16
+FASTEST = {"precision": BF16, "channels_last": True}
 VARIANTS: dict[str, dict[str, Variant]] = {
     "forward": {
         "as the original": AS_ORIGINAL,
-        "Diffusers' UNet2DModel": Variant(diffusers=True),
+        "Diffusers' UNet2DModel": Variant("diffusers"),
         "ours": Variant(),
         "ours, channels last": Variant(channels_last=True),
+        "ours, compiled": Variant(compile_mode="default"),
         "ours, channels last, compiled": Variant(channels_last=True, compile_mode="default"),
         "ours, bf16": Variant(precision=BF16),
-        "ours, bf16, channels last": Variant(precision=BF16, channels_last=True),
-        "ours, bf16, channels last, compiled": Variant(precision=BF16, channels_last=True, compile_mode="default"),
+        "ours, bf16, channels last": Variant(**FASTEST),
+        "ours, bf16, channels last, compiled": Variant(**FASTEST, compile_mode="default"),
+        "ours, bf16, channels last, CUDA graphs": Variant(**FASTEST, compile_mode="reduce-overhead"),
     },
     "training": {
         "as the original": AS_ORIGINAL,
-        "Diffusers' way": Variant(diffusers=True, optimizer="adam", ema=True, waits=True),
-        "ours": Variant(ema=True),
-        "ours, channels last": Variant(ema=True, channels_last=True),
-        "ours, channels last, compiled": Variant(ema=True, channels_last=True, compile_mode="default"),
-        "ours, bf16": Variant(ema=True, precision=BF16),
-        "ours, bf16, channels last": Variant(ema=True, precision=BF16, channels_last=True),
-        "ours, bf16, channels last, compiled": Variant(
-            ema=True, precision=BF16, channels_last=True, compile_mode="default"
-        ),
+        "as the original, optimizer fused": Variant("original", fused=True),
+        "Diffusers' way": Variant("diffusers"),
+        "ours": Variant(),
+        "ours, EMA not foreach": Variant(foreach=False),
+        "ours, pictures on the CPU": Variant(pictures_on="cpu"),
+        "ours, TF32": Variant(tf32=True),
+        "ours, channels last": Variant(channels_last=True),
+        "ours, compiled": Variant(compile_mode="default"),
+        "ours, channels last, compiled": Variant(channels_last=True, compile_mode="default"),
+        "ours, bf16": Variant(precision=BF16),
+        "ours, bf16, channels last": Variant(**FASTEST),
+        "ours, bf16, compiled": Variant(precision=BF16, compile_mode="default"),
+        "ours, bf16, channels last, compiled": Variant(**FASTEST, compile_mode="default"),
+        "ours, bf16, channels last, CUDA graphs": Variant(**FASTEST, compile_mode="reduce-overhead"),
+        "ours, bf16, channels last, autotuned": Variant(**FASTEST, compile_mode="max-autotune"),
     },
 }
 SAMPLING = {  # name: variant, scheduler; the step counts come from the command line, the first one for the original
@@ -87,7 +110,7 @@ SAMPLING = {  # name: variant, scheduler; the step counts come from the command 
     "ours, channels last": (Variant(channels_last=True), "ddpm"),
     "ours, channels last, compiled": (Variant(channels_last=True, compile_mode="default"), "ddpm"),
     "ours, bf16, channels last, CUDA graphs": (
-        Variant(precision=BF16, channels_last=True, compile_mode="reduce-overhead"),
+        Variant(**FASTEST, compile_mode="reduce-overhead"),
         "ddpm",
     ),
 }
@@ -100,7 +123,7 @@ FEW_STEPS = ("unipc", "dpmsolver++")
 def build_network(variant: Variant, args: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(0)
     config = TINY if args.tiny else FULL
-    if variant.diffusers:
+    if variant.loop == "diffusers":
         attention = config["attention_levels"]
         unet: torch.nn.Module = UNet2DModel(
             sample_size=args.size,
@@ -140,35 +163,73 @@ def build_forward(variant: Variant, args: argparse.Namespace) -> Callable[[], No
 
 
 def build_training(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
-    """One update on given pictures, with everything that training does to the weights."""
-    from diffusers.training_utils import EMAModel
-
-    unet, scheduler = build_network(variant, args).train(), original_scheduler()
+    """One update, with everything that training does for it."""
+    unet = build_network(variant, args).train()
     if variant.compile_mode is not None:
         unet.compile(mode=variant.compile_mode, dynamic=False)
-    if variant.optimizer == "adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(unet.parameters(), lr=1e-5)
-    else:
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    ema = EMAModel(unet.parameters(), foreach=not variant.diffusers) if variant.ema else None
-    pictures = torch.rand(args.batch_size, 3, args.size, args.size, device=args.device)
+    return (our_update if variant.loop == "ours" else others_update)(unet, variant, args)
+
+
+def our_update(unet: torch.nn.Module, variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+    """As in train_accelerate.py, by its own parts."""
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    optimizer = accelerator.prepare(torch.optim.AdamW(unet.parameters(), 1e-5, weight_decay=0.0, fused=True))
+    ema = EMAModel(unet.parameters(), foreach=variant.foreach)
+    pictures = torch.randint(256, (32 * args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
+    if variant.pictures_on == "device":
+        pictures = pictures.to(args.device)
+    batches = Batches(pictures, args.batch_size, seed=0, device=args.device)
+    scheduler, meter, steps = original_scheduler(), Meter(1000, torch.device(args.device)), itertools.count()
 
     def step() -> None:
-        noise = torch.randn_like(pictures)
-        timesteps = torch.randint(1000, (len(pictures),), device=args.device)
-        noisy = scheduler.add_noise(pictures, noise, timesteps)
+        torch.backends.cuda.matmul.allow_tf32 = variant.tf32
+        [batch] = batches.of_step(next(steps))
         with autocast(variant, args):
-            prediction = unet(noisy, timesteps).sample
-        loss = F.mse_loss(prediction.float(), noise)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.step(unet.parameters())
-        if variant.waits:
-            loss.item()
+            loss, errors = diffusion_loss(unet, scheduler, batch)
+        accelerator.backward(loss)
+        meter.add(errors, batch.timesteps)
+        meter.add_update(update(accelerator, optimizer, unet, max_grad_norm=None))
+        ema.step(unet.parameters())
 
     return step
+
+
+def others_update(unet: torch.nn.Module, variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+    """The original's: Adam, and the loss is read every time. Diffusers' example: AdamW, clipping and EMA as well."""
+    as_diffusers = variant.loop == "diffusers"
+    kind = torch.optim.AdamW if as_diffusers else torch.optim.Adam
+    optimizer = kind(unet.parameters(), 1e-5, fused=variant.fused or None)
+    ema = EMAModel(unet.parameters()) if as_diffusers else None
+    pictures, scheduler = decoded_pictures(args), original_scheduler()
+
+    def step() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        clean = next(pictures).to(args.device)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(1000, (len(clean),), device=args.device)
+        loss = F.mse_loss(unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample, noise)
+        loss.backward()
+        if ema is not None:
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step(unet.parameters())
+        loss.item()
+
+    return step
+
+
+def decoded_pictures(args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Batches without end from JPEG files, opened and decoded by two workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{k}.jpg" for k in range(32 * args.batch_size)]
+        for file in files:
+            Image.effect_noise((64, 64), 64).convert("RGB").save(file)
+        loader = DataLoader(Files(files), args.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+        while True:
+            for batch in loader:
+                yield F.interpolate(batch, args.size) if args.tiny else batch
 
 
 def wait(args: argparse.Namespace) -> None:
@@ -202,7 +263,11 @@ def roof(args: argparse.Namespace) -> dict[str, float]:
     """What the device can do at most, measured: TFLOP/s of a matrix product by format, GB/s of a copy."""
     size = 8192 if args.device == "cuda" else 2048
     result = {}
-    for name, dtype in {"float32": torch.float32, "bfloat16": BF16}.items():
+    formats = {"float32": torch.float32, "bfloat16": BF16}
+    if args.device == "cuda":  # convolutions have it by default, so it is the roof of float32 there
+        formats["tf32"] = torch.float32
+    for name, dtype in formats.items():
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         one, other = (torch.randn(size, size, device=args.device, dtype=dtype) for _ in range(2))
         fastest = min(seconds(lambda one=one, other=other: one @ other, args) for _ in range(5))
         result[f"{name}_tflops"] = round(2 * size**3 / fastest / 1e12, 3)
@@ -219,6 +284,8 @@ def roof(args: argparse.Namespace) -> dict[str, float]:
 def forward_or_training(args: argparse.Namespace) -> dict[str, Any]:
     build = build_forward if args.table == "forward" else build_training
     variants = {name: v for name, v in VARIANTS[args.table].items() if args.compile or v.compile_mode is None}
+    if args.device == "cpu":
+        variants = {name: v for name, v in variants.items() if not v.only_on_gpu}
     if args.variants:
         variants = {name: v for name, v in variants.items() if name in ("as the original", *args.variants)}
     times = in_turn({name: build(variant, args) for name, variant in variants.items()}, args)
@@ -227,18 +294,23 @@ def forward_or_training(args: argparse.Namespace) -> dict[str, Any]:
     for name, values in times.items():
         row = summary(values, times["as the original"])
         row["pictures_per_second"] = round(args.batch_size / row["median_s"], 2)
-        if not args.tiny and not variants[name].diffusers:
-            format_name = "float32" if variants[name].precision == torch.float32 else "bfloat16"
+        if not args.tiny and variants[name].loop != "diffusers":
             row["tflops"] = round(gflop * row["pictures_per_second"] / 1000, 3)
-            row["of_roof"] = round(row["tflops"] / limits[f"{format_name}_tflops"], 3)
+            row["of_roof"] = round(row["tflops"] / limits[roof_of(variants[name], args)], 3)
         rows[name] = row
     return {"rows": rows, "roof": limits, "batch_size": args.batch_size}
+
+
+def roof_of(variant: Variant, args: argparse.Namespace) -> str:
+    if variant.precision != torch.float32:
+        return "bfloat16_tflops"
+    return "tf32_tflops" if args.device == "cuda" else "float32_tflops"
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     most, *few = args.num_inference_steps
     variants = {name: v for name, v in SAMPLING.items() if args.compile or v[0].compile_mode is None}
-    calls = {}
+    calls, plan_of = {}, {}
     for name, (variant, scheduler) in variants.items():
         unet = build_network(variant, args).eval()
         unet.to(dtype=variant.precision)
@@ -255,41 +327,83 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
                 pipe(args.batch_size, torch.Generator().manual_seed(0), num_inference_steps=number)
 
             calls[f"{name}, {solver}, {number} steps"] = draw
-    times = in_turn(calls, args)
-    first = next(iter(times.values()))
-    return {"rows": {name: summary(values, first) for name, values in times.items()}, "batch_size": args.batch_size}
+            plan_of[f"{name}, {solver}, {number} steps"] = (variant, number)
+    times, limits = in_turn(calls, args), roof(args)
+    rows = {name: summary(values, next(iter(times.values()))) for name, values in times.items()}
+    for name, (variant, number) in plan_of.items():
+        if not args.tiny:
+            rows[name]["tflops"] = round(GFLOP_FORWARD * args.batch_size * number / rows[name]["median_s"] / 1000, 3)
+            rows[name]["of_roof"] = round(rows[name]["tflops"] / limits[roof_of(variant, args)], 3)
+    return {"rows": rows, "roof": limits, "batch_size": args.batch_size}
+
+
+# What `memory` measures: the kind of work, and the flags that `peak` takes for it.
+MEMORY = {
+    "training": ("training", []),
+    "training, gradient checkpointing": ("training", ["--gradient_checkpointing"]),
+    "training, bf16": ("training", ["--bf16"]),
+    "training, bf16, gradient checkpointing": ("training", ["--bf16", "--gradient_checkpointing"]),
+    "sampling": ("forward", []),
+    "sampling, bf16": ("forward", ["--bf16"]),
+}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """The peak of a process that does two steps, for one picture and for `--batch_size`; each in its own process."""
     rows = {}
-    for name, checkpointing in (("training", False), ("training, gradient checkpointing", True), ("sampling", False)):
-        peaks = []
-        for batch_size in (1, args.batch_size):
-            kind = "forward" if name == "sampling" else "training"
-            peaks.append(peak_of(args, kind, batch_size, *(["--gradient_checkpointing"] if checkpointing else [])))
-        each = (peaks[1] - peaks[0]) / max(args.batch_size - 1, 1)
-        rows[name] = {"one_picture_gib": peaks[0], "batch_gib": peaks[1], "each_further_picture_gib": round(each, 4)}
+    for name, (kind, flags) in MEMORY.items():
+        one, batch = (peak_of(args, kind, size, *flags) or 0.0 for size in (1, args.batch_size))
+        each = (batch - one) / max(args.batch_size - 1, 1)
+        rows[name] = {"one_picture_gib": one, "batch_gib": batch, "each_further_picture_gib": round(each, 4)}
         if args.device == "cuda":
-            rows[name] |= {f"largest_batch_{n}_gib": int((n * 0.95 - peaks[0]) / each) + 1 for n in (8, 16, 24)}
+            for gb in (8, 16, 24):
+                limit = ["--memory_limit_gb", str(gb)]
+                fits = lambda size: peak_of(args, kind, size, *flags, *limit) is not None  # noqa: B023, E731
+                rows[name][f"largest_batch_{gb}_gb"] = largest(fits)
     return {"rows": rows, "batch_size": args.batch_size}
 
 
-def peak_of(args: argparse.Namespace, kind: str, batch_size: int, *flags: str) -> float:
-    """What `peak` prints in a process of its own."""
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest batch that fits, found by trying, to an eighth of it; 0 if not even one picture does."""
+    works, too_many = 0, 1
+    while fits(too_many):
+        works, too_many = too_many, too_many * 2
+    while too_many - works > max(works // 8, 1):
+        middle = (works + too_many) // 2
+        works, too_many = (middle, too_many) if fits(middle) else (works, middle)
+    return works
+
+
+def peak_of(args: argparse.Namespace, kind: str, batch_size: int, *flags: str) -> float | None:
+    """What `peak` prints in a process of its own, or `None` if it ran out of `--memory_limit_gb`."""
     command = [sys.executable, __file__, "peak", "--kind", kind, "--device", args.device, *flags]
     command += ["--batch_size", str(batch_size), *(["--tiny"] if args.tiny else [])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "OutOfMemoryError" in done.stderr:
+        return None
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    return float(done.stdout)
 
 
 def peak(args: argparse.Namespace) -> None:
-    """Print the peak memory of two steps, in GiB."""
-    variant = Variant(channels_last=True, ema=True, gradient_checkpointing=args.gradient_checkpointing)
-    step = (build_forward if args.kind == "forward" else build_training)(variant, args)
-    step()
-    step()
+    """Print the peak memory of two steps, or of reading an epoch of `--batch_size` pictures, in GiB."""
+    if args.memory_limit_gb is not None:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_limit_gb * 1e9 / whole)
+    precision = BF16 if args.bf16 else torch.float32
+    variant = Variant(
+        precision=precision, channels_last=True, gradient_checkpointing=args.gradient_checkpointing, pictures_on="cpu"
+    )
+    if args.kind == "data":
+        with tempfile.TemporaryDirectory() as folder:
+            read_epoch(mapped_batches(args.batch_size, folder, args))
+    else:
+        step = (build_forward if args.kind == "forward" else build_training)(variant, args)
+        step()
+        step()
     if args.device == "cuda":
-        held = torch.cuda.max_memory_allocated()
+        held = torch.cuda.max_memory_reserved()
     elif sys.platform == "linux":
         import resource
 
@@ -300,10 +414,12 @@ def peak(args: argparse.Namespace) -> None:
 
 
 def growth(args: argparse.Namespace) -> dict[str, Any]:
-    """Time and memory of a forward pass at four batch sizes, and time of an epoch's batches of four data sets."""
+    """Time and memory of a forward pass at four batch sizes, and of an epoch's batches of four data sets."""
     sizes = [args.batch_size * factor for factor in (1, 2, 4, 8)]
+    numbers = [n // (100 if args.tiny else 1) for n in (10_000, 20_000, 40_000, 80_000)]
     # First, while this process is small: on Linux the peak of a child is at least what its parent held at the fork.
     peaks = {size: peak_of(args, "forward", size) for size in sizes}
+    peaks_of_data = {number: peak_of(args, "data", number) for number in numbers}
     steps = {}
     for size in sizes:
         steps[size] = build_forward(
@@ -315,19 +431,25 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
         row = summary(times[str(size)], times[str(sizes[0])])
         row |= {"ms_per_picture": round(row["median_s"] / size * 1000, 1), "peak_gib": peaks[size]}
         rows[f"batch of {size}"] = row
-    for number in (n // (100 if args.tiny else 1) for n in (10_000, 20_000, 40_000, 80_000)):
-        with tempfile.TemporaryDirectory() as folder:
-            pictures = torch.from_file(f"{folder}/pictures", True, number * 3 * args.size**2, dtype=torch.uint8)
-            pictures.random_()
-            batches = Batches(pictures.view(-1, 3, args.size, args.size), train_batch_size=64, seed=0)
-            flips = torch.rand(64) < 0.5
-            times = [seconds(lambda: read_epoch(batches, flips), args) for _ in range(args.repeats)]  # noqa: B023
-        row = summary(times, times)
-        rows[f"{number:,} pictures"] = {**row, "ms_per_picture": round(row["median_s"] / number * 1000, 4)}
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = {number: mapped_batches(number, folder, args) for number in numbers}
+        times = in_turn({str(n): lambda batches=batches: read_epoch(batches) for n, batches in epochs.items()}, args)
+    for number in numbers:
+        row = summary(times[str(number)], times[str(numbers[0])])
+        row |= {"ms_per_picture": round(row["median_s"] / number * 1000, 4), "peak_gib": peaks_of_data[number]}
+        rows[f"{number:,} pictures"] = row
     return {"rows": rows, "batch_size": args.batch_size}
 
 
-def read_epoch(batches: Batches, flips: torch.Tensor) -> None:
+def mapped_batches(number: int, folder: str, args: argparse.Namespace) -> Batches:
+    """Batches of 64 from a memory-mapped file of so many pictures, as from the cache."""
+    pictures = torch.from_file(f"{folder}/{number}", True, number * 3 * args.size**2, dtype=torch.uint8)
+    pictures.random_()
+    return Batches(pictures.view(-1, 3, args.size, args.size), train_batch_size=64, seed=0)
+
+
+def read_epoch(batches: Batches) -> None:
+    flips = torch.arange(64) % 2 == 0
     for step in range(len(batches.pictures) // batches.train_batch_size):  # whole ones
         batches.clean_of_step(step, flips)
 
@@ -354,17 +476,19 @@ TABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "peak"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, help="in each turn (default: 1 on a CPU, 10 on a GPU)")
     parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[1000, 20])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    names = [name for table in VARIANTS.values() for name in table]
+    names = dict.fromkeys(name for table in VARIANTS.values() for name in table)
     parser.add_argument("--variants", nargs="+", choices=names, help="only these and the original's way: less memory")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--kind", choices=["forward", "training"], default="training", help="of `peak`")
+    parser.add_argument("--kind", choices=["forward", "training", "data"], default="training", help="of `peak`")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of `peak`")
+    parser.add_argument("--bf16", action="store_true", help="of `peak`")
+    parser.add_argument("--memory_limit_gb", type=float, help="of `peak`, on a GPU")
     parser.add_argument("--output_file", type=Path)
     args = parser.parse_args()
     on_gpu = args.device == "cuda"

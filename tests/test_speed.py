@@ -94,7 +94,7 @@ def test_fast_is_a_table_and_flags_go_over_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_cuda_graphs_and_accumulation_are_refused_together() -> None:
     flags = ["--train_data_dir", "x", "--gradient_accumulation_steps", "2", "--torch_compile"]
-    with pytest.raises(BadInput, match="--torch_compile reduce-overhead.*max-autotune-no-cudagraphs"):
+    with pytest.raises(BadInput, match=r"--torch_compile reduce-overhead.*max-autotune-no-cudagraphs"):
         parse_args([*flags, "reduce-overhead"], description="")
     assert parse_args([*flags, "default"], description="").torch_compile == "default"
 
