@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
 from animeface_pipeline.dataset import Batches
 from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
-from animeface_pipeline.speed import compile_for_sampling
+from animeface_pipeline.speed import compile_for_sampling, slow_bf16
 from animeface_pipeline.training import Meter, diffusion_loss, update
 
 GFLOP_FORWARD, GFLOP_TRAINING = 32.2, 96.7  # of the full-size network for one picture of 64×64
@@ -65,9 +65,14 @@ class Variant:
     pictures_on: str = "device"
     gradient_checkpointing: bool = False
 
-    @property
-    def only_on_gpu(self) -> bool:
-        return self.tf32 or self.pictures_on == "cpu" or self.compile_mode not in (None, "default")
+    def runs(self, args: argparse.Namespace) -> bool:
+        """Whether it is of use on this device: some levers are a GPU's, and a CPU that imitates bf16 takes hours."""
+        if self.compile_mode is not None and not args.compile:
+            return False
+        if self.precision == torch.bfloat16 and not args.tiny and slow_bf16(torch.device(args.device), ""):
+            return False
+        of_gpu = self.tf32 or self.pictures_on == "cpu" or self.compile_mode not in (None, "default")
+        return args.device == "cuda" or not of_gpu
 
 
 AS_ORIGINAL = Variant(loop="original")
@@ -261,9 +266,11 @@ def in_turn(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> d
 
 def roof(args: argparse.Namespace) -> dict[str, float]:
     """What the device can do at most, measured: TFLOP/s of a matrix product by format, GB/s of a copy."""
-    size = 8192 if args.device == "cuda" else 2048
+    size = 128 if args.tiny else 8192 if args.device == "cuda" else 2048
     result = {}
-    formats = {"float32": torch.float32, "bfloat16": BF16}
+    formats = {"float32": torch.float32}
+    if Variant(precision=BF16).runs(args):
+        formats["bfloat16"] = BF16
     if args.device == "cuda":  # convolutions have it by default, so it is the roof of float32 there
         formats["tf32"] = torch.float32
     for name, dtype in formats.items():
@@ -283,9 +290,7 @@ def roof(args: argparse.Namespace) -> dict[str, float]:
 
 def forward_or_training(args: argparse.Namespace) -> dict[str, Any]:
     build = build_forward if args.table == "forward" else build_training
-    variants = {name: v for name, v in VARIANTS[args.table].items() if args.compile or v.compile_mode is None}
-    if args.device == "cpu":
-        variants = {name: v for name, v in variants.items() if not v.only_on_gpu}
+    variants = {name: v for name, v in VARIANTS[args.table].items() if v.runs(args)}
     if args.variants:
         variants = {name: v for name, v in variants.items() if name in ("as the original", *args.variants)}
     times = in_turn({name: build(variant, args) for name, variant in variants.items()}, args)
@@ -309,7 +314,7 @@ def roof_of(variant: Variant, args: argparse.Namespace) -> str:
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     most, *few = args.num_inference_steps
-    variants = {name: v for name, v in SAMPLING.items() if args.compile or v[0].compile_mode is None}
+    variants = {name: v for name, v in SAMPLING.items() if v[0].runs(args)}
     calls, plan_of = {}, {}
     for name, (variant, scheduler) in variants.items():
         unet = build_network(variant, args).eval()
@@ -351,7 +356,8 @@ MEMORY = {
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """The peak of a process that does two steps, for one picture and for `--batch_size`; each in its own process."""
     rows = {}
-    for name, (kind, flags) in MEMORY.items():
+    works = {name: of for name, of in MEMORY.items() if "bf16" not in name or Variant(precision=BF16).runs(args)}
+    for name, (kind, flags) in works.items():
         one, batch = (peak_of(args, kind, size, *flags) or 0.0 for size in (1, args.batch_size))
         each = (batch - one) / max(args.batch_size - 1, 1)
         rows[name] = {"one_picture_gib": one, "batch_gib": batch, "each_further_picture_gib": round(each, 4)}

@@ -108,3 +108,17 @@ def test_a_solver_keeps_no_memory_of_the_network_that_a_cuda_graph_would_overwri
     before, forward, held = drawn(pipe), pipe.unet.forward, torch.empty(2, 3, 16, 16)
     monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: (held.copy_(forward(*args, **kwargs)[0]),))
     assert torch.equal(drawn(pipe), before)
+
+
+def test_a_cpu_that_only_imitates_bf16_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    cpu, warning = torch.device("cpu"), "many times slower in it than in float32: add --mixed_precision no"
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        said = speed.slow_bf16(cpu, "add --mixed_precision no") or ""
+        assert (warning in said) != supported
+    assert speed.slow_bf16(torch.device("cuda"), "") is None
+    for precision in ("no", "bf16"):
+        assert Trainer(tmp_path / precision, mixed_precision=precision)("--max_train_steps", 1) == 0
+        assert (warning in capsys.readouterr().out) == (precision == "bf16")
