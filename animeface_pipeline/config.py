@@ -106,7 +106,9 @@ class TrainingConfig:
     mixed_precision: str = recipe("bf16 needs an Ampere GPU or newer, fp16 any", one_of("no", "fp16", "bf16"))
     channels_last: bool = recipe("keep weights and activations with the channels last in memory")
     torch_compile: str | None = recipe("compile the network in this mode, or none", one_of(*COMPILE_MODES))
-    allow_tf32: bool = recipe("TF32 for what is left in float32 on an Ampere GPU or newer")
+    allow_tf32: bool = recipe(
+        "TF32 in float32's matrix products, on an Ampere GPU or newer; convolutions always have it"
+    )
     gradient_checkpointing: bool = recipe("less memory, about a third slower")
     seed: int = recipe("of weights, order, noise and flips", within(0, 2**32))
 

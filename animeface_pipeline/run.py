@@ -180,7 +180,8 @@ class Run:
         if done % (config.save_images_epochs * self.batches.steps_per_epoch) == 0 or is_last:
             self.draw(done)
         if done % config.checkpointing_steps == 0 or (self.save_again and done % config.logging_steps == 0):
-            self.save_again = not self.folder.save_checkpoint(done, config.checkpoints_total_limit)
+            with self.not_training():
+                self.save_again = not self.folder.save_checkpoint(done, config.checkpoints_total_limit)
         # With several processes all must agree, and asking makes them wait for each other.
         if self.accelerator.num_processes == 1 or done % config.logging_steps == 0:
             self.stop_after_signal(done)
@@ -188,6 +189,8 @@ class Run:
     @contextmanager
     def not_training(self) -> Iterator[None]:
         """What is done within does not count for the pictures per second."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # updates that still wait in the GPU's queue are training
         began = time.perf_counter()
         yield
         self.logged_at += time.perf_counter() - began

@@ -55,7 +55,7 @@ def choose_fast_settings(config: TrainingConfig) -> None:
 def prepare_for_training(unet: torch.nn.Module, config: TrainingConfig) -> None:
     """Apply the config's levers to the network, in place; its weights and their names stay as they are."""
     if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # cudnn's, for convolutions, is torch's default
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's hints
     if config.torch_compile is not None:

@@ -5,16 +5,19 @@
     python benchmarks/speed.py sampling --num_inference_steps 1000 20 --output_file sampling.json
     python benchmarks/speed.py memory --output_file memory.json
     python benchmarks/speed.py growth --output_file growth.json
+    python benchmarks/speed.py training --variants ours 'ours, channels last' 'ours, bf16, channels last, compiled'
 
 The variants take turns, `--repeats` times in one run, after each was run twice to warm up; shown are the median, the
 least and the most, and the ratio of the medians to the first row. Our update is made of the trainer's own parts, with
 pictures in the device's memory; the original and Diffusers' example open and decode their files with Pillow. The roof
 is a large matrix product in the same number format, and a copy in the device's memory, in the same run. On a GPU the
 full-size network and batches of 64; on a CPU batches of 4, unless told otherwise. `--device` chooses; `--tiny` takes a
-very small network, to try it.
+very small network, to try it. All variants are built before the first is timed, and compiling one for training takes
+minutes: `--variants` takes some of them, beside the original's.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -125,6 +128,11 @@ FEW_STEPS = ("unipc", "dpmsolver++")
 # ---- running a variant ----
 
 
+def build(kind: str, variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+    """One step of `kind`, "forward" or "training", of a network of its own."""
+    return BUILDERS[kind](build_network(variant, args), variant, args)
+
+
 def build_network(variant: Variant, args: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(0)
     config = TINY if args.tiny else FULL
@@ -152,9 +160,9 @@ def autocast(variant: Variant, args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, variant.precision if half else BF16, enabled=half)
 
 
-def build_forward(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+def build_forward(unet: torch.nn.Module, variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
     """A forward pass without gradients; half precision as in sampling, with the weights converted."""
-    unet = build_network(variant, args).eval().to(variant.precision)
+    unet.eval().to(variant.precision)
     if variant.compile_mode is not None:
         compile_for_sampling(unet, variant.compile_mode)
     sample = torch.randn(args.batch_size, 3, args.size, args.size, device=args.device, dtype=variant.precision)
@@ -167,9 +175,9 @@ def build_forward(variant: Variant, args: argparse.Namespace) -> Callable[[], No
     return step
 
 
-def build_training(variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
+def build_training(unet: torch.nn.Module, variant: Variant, args: argparse.Namespace) -> Callable[[], None]:
     """One update, with everything that training does for it."""
-    unet = build_network(variant, args).train()
+    unet.train()
     if variant.compile_mode is not None:
         unet.compile(mode=variant.compile_mode, dynamic=False)
     return (our_update if variant.loop == "ours" else others_update)(unet, variant, args)
@@ -237,26 +245,38 @@ def decoded_pictures(args: argparse.Namespace) -> Iterator[torch.Tensor]:
                 yield F.interpolate(batch, args.size) if args.tiny else batch
 
 
+BUILDERS = {"forward": build_forward, "training": build_training}
+
+
 def wait(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         torch.cuda.synchronize()
 
 
-def seconds(step: Callable[[], None], args: argparse.Namespace) -> float:
+def seconds(step: Callable[[], None], args: argparse.Namespace, steps: int | None = None) -> float:
     """Of one step, over as many as `--steps` says."""
+    steps = steps or args.steps
     wait(args)
     begin = time.perf_counter()
-    for _ in range(args.steps):
+    for _ in range(steps):
         step()
     wait(args)
-    return (time.perf_counter() - begin) / args.steps
+    return (time.perf_counter() - begin) / steps
 
 
 def in_turn(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
-    for name, step in steps.items():
+    """The seconds of each, `--repeats` times; what fails while it warms up is named and left out."""
+    first, *_ = names = list(steps)
+    for name in names:
         print(f"warming up: {name}", file=sys.stderr)
-        step()
-        step()
+        try:
+            steps[name]()
+            steps[name]()
+        except RuntimeError as error:  # no memory, or the compiler
+            if name == first:  # the others are held against it
+                raise
+            print(f"left out: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            del steps[name]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
@@ -267,7 +287,7 @@ def in_turn(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> d
 def roof(args: argparse.Namespace) -> dict[str, float]:
     """What the device can do at most, measured: TFLOP/s of a matrix product by format, GB/s of a copy."""
     size = 128 if args.tiny else 8192 if args.device == "cuda" else 2048
-    result = {}
+    result, steps = {}, 10 if args.device == "cuda" else 1
     formats = {"float32": torch.float32}
     if Variant(precision=BF16).runs(args):
         formats["bfloat16"] = BF16
@@ -276,11 +296,11 @@ def roof(args: argparse.Namespace) -> dict[str, float]:
     for name, dtype in formats.items():
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         one, other = (torch.randn(size, size, device=args.device, dtype=dtype) for _ in range(2))
-        fastest = min(seconds(lambda one=one, other=other: one @ other, args) for _ in range(5))
+        fastest = min(seconds(lambda one=one, other=other: one @ other, args, steps) for _ in range(5))
         result[f"{name}_tflops"] = round(2 * size**3 / fastest / 1e12, 3)
     source = torch.empty(2**28, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
-    fastest = min(seconds(lambda: target.copy_(source), args) for _ in range(5))
+    fastest = min(seconds(lambda: target.copy_(source), args, steps) for _ in range(5))
     result["copy_gb_per_second"] = round(2 * len(source) / fastest / 1e9, 1)
     return result
 
@@ -289,11 +309,10 @@ def roof(args: argparse.Namespace) -> dict[str, float]:
 
 
 def forward_or_training(args: argparse.Namespace) -> dict[str, Any]:
-    build = build_forward if args.table == "forward" else build_training
     variants = {name: v for name, v in VARIANTS[args.table].items() if v.runs(args)}
     if args.variants:
         variants = {name: v for name, v in variants.items() if name in ("as the original", *args.variants)}
-    times = in_turn({name: build(variant, args) for name, variant in variants.items()}, args)
+    times = in_turn({name: build(args.table, variant, args) for name, variant in variants.items()}, args)
     limits, gflop = roof(args), GFLOP_FORWARD if args.table == "forward" else GFLOP_TRAINING
     rows = {}
     for name, values in times.items():
@@ -329,16 +348,17 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
             pipe.set_progress_bar_config(disable=True)
 
             def draw(pipe: AnimeFacePipeline = pipe, number: int = number) -> None:
-                pipe(args.batch_size, torch.Generator().manual_seed(0), num_inference_steps=number)
+                noise = torch.Generator(args.device).manual_seed(0)  # a CPU's would be waited for in each step
+                pipe(args.batch_size, noise, num_inference_steps=number)
 
             calls[f"{name}, {solver}, {number} steps"] = draw
             plan_of[f"{name}, {solver}, {number} steps"] = (variant, number)
     times, limits = in_turn(calls, args), roof(args)
     rows = {name: summary(values, next(iter(times.values()))) for name, values in times.items()}
-    for name, (variant, number) in plan_of.items():
-        if not args.tiny:
-            rows[name]["tflops"] = round(GFLOP_FORWARD * args.batch_size * number / rows[name]["median_s"] / 1000, 3)
-            rows[name]["of_roof"] = round(rows[name]["tflops"] / limits[roof_of(variant, args)], 3)
+    for name, row in rows.items() if not args.tiny else ():
+        variant, number = plan_of[name]
+        row["tflops"] = round(GFLOP_FORWARD * args.batch_size * number / row["median_s"] / 1000, 3)
+        row["of_roof"] = round(row["tflops"] / limits[roof_of(variant, args)], 3)
     return {"rows": rows, "roof": limits, "batch_size": args.batch_size}
 
 
@@ -354,19 +374,86 @@ MEMORY = {
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """The peak of a process that does two steps, for one picture and for `--batch_size`; each in its own process."""
-    rows = {}
-    works = {name: of for name, of in MEMORY.items() if "bf16" not in name or Variant(precision=BF16).runs(args)}
+    """The peak of a process that does two steps, for one picture and for `--batch_size`, and what fits into a GPU."""
+    rows: dict[str, dict[str, Any]] = {}
+    works = {name: work for name, work in MEMORY.items() if "bf16" not in name or Variant(precision=BF16).runs(args)}
     for name, (kind, flags) in works.items():
-        one, batch = (peak_of(args, kind, size, *flags) or 0.0 for size in (1, args.batch_size))
+        one, batch = (peak_of(args, kind, size, *flags) for size in (1, args.batch_size))
         each = (batch - one) / max(args.batch_size - 1, 1)
         rows[name] = {"one_picture_gib": one, "batch_gib": batch, "each_further_picture_gib": round(each, 4)}
         if args.device == "cuda":
-            for gb in (8, 16, 24):
-                limit = ["--memory_limit_gb", str(gb)]
-                fits = lambda size: peak_of(args, kind, size, *flags, *limit) is not None  # noqa: B023, E731
-                rows[name][f"largest_batch_{gb}_gb"] = largest(fits)
+            there = torch.cuda.get_device_properties(0).total_memory
+            for gb in (gb for gb in (8, 16, 24) if gb * 1e9 <= there):
+                most = peak_of(args, kind, 1, *flags, "--memory_limit_gb", str(gb))
+                rows[name][f"largest_batch_{gb}_gb"] = int(most)
     return {"rows": rows, "batch_size": args.batch_size}
+
+
+def peak_of(args: argparse.Namespace, kind: str, batch_size: int, *flags: str) -> float:
+    """What `peak` prints in a process of its own."""
+    command = [sys.executable, __file__, "peak", "--kind", kind, "--device", args.device, *flags]
+    command += ["--batch_size", str(batch_size), *(["--tiny"] if args.tiny else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    return float(done.stdout)
+
+
+def peak(args: argparse.Namespace) -> None:
+    """Print the peak memory of two steps, or of reading an epoch of `--batch_size` pictures, in GiB.
+
+    With `--memory_limit_gb`, print the largest batch that fits into so much of the GPU's memory.
+    """
+    precision, checkpointing = BF16 if args.bf16 else torch.float32, args.gradient_checkpointing
+    variant = Variant("ours", precision, channels_last=True, gradient_checkpointing=checkpointing, pictures_on="cpu")
+    if args.memory_limit_gb is not None:
+        print(largest_batch(variant, args))
+        return
+    if args.kind == "data":
+        with tempfile.TemporaryDirectory() as folder:
+            read_epoch(mapped_batches(args.batch_size, folder, args))
+    else:
+        step = build(args.kind, variant, args)
+        step()
+        step()
+    if args.device == "cuda" and args.kind != "data":
+        held = torch.cuda.max_memory_reserved()
+    elif sys.platform == "linux":
+        import resource
+
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        held = psutil.Process().memory_info().peak_wset  # Windows
+    print(round(held / 2**30, 3))
+
+
+def largest_batch(variant: Variant, args: argparse.Namespace) -> int:
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(args.memory_limit_gb * 1e9 / whole)
+    unet = build_network(variant, args)
+
+    def fits(size: int) -> bool:
+        args.batch_size = size
+        try:
+            step = BUILDERS[args.kind](unet, variant, args)
+            step()
+            step()
+        except RuntimeError as error:
+            if not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
+            return False
+        finally:
+            step = None
+            unet.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+        return True
+
+    return largest(fits)
+
+
+# What PyTorch, cuDNN and cuBLAS say when the memory is full.
+OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "ALLOC_FAILED")
 
 
 def largest(fits: Callable[[int], bool]) -> int:
@@ -380,45 +467,6 @@ def largest(fits: Callable[[int], bool]) -> int:
     return works
 
 
-def peak_of(args: argparse.Namespace, kind: str, batch_size: int, *flags: str) -> float | None:
-    """What `peak` prints in a process of its own, or `None` if it ran out of `--memory_limit_gb`."""
-    command = [sys.executable, __file__, "peak", "--kind", kind, "--device", args.device, *flags]
-    command += ["--batch_size", str(batch_size), *(["--tiny"] if args.tiny else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "OutOfMemoryError" in done.stderr:
-        return None
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    return float(done.stdout)
-
-
-def peak(args: argparse.Namespace) -> None:
-    """Print the peak memory of two steps, or of reading an epoch of `--batch_size` pictures, in GiB."""
-    if args.memory_limit_gb is not None:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.memory_limit_gb * 1e9 / whole)
-    precision = BF16 if args.bf16 else torch.float32
-    variant = Variant(
-        precision=precision, channels_last=True, gradient_checkpointing=args.gradient_checkpointing, pictures_on="cpu"
-    )
-    if args.kind == "data":
-        with tempfile.TemporaryDirectory() as folder:
-            read_epoch(mapped_batches(args.batch_size, folder, args))
-    else:
-        step = (build_forward if args.kind == "forward" else build_training)(variant, args)
-        step()
-        step()
-    if args.device == "cuda":
-        held = torch.cuda.max_memory_reserved()
-    elif sys.platform == "linux":
-        import resource
-
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        held = psutil.Process().memory_info().peak_wset  # Windows
-    print(round(held / 2**30, 3))
-
-
 def growth(args: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of a forward pass at four batch sizes, and of an epoch's batches of four data sets."""
     sizes = [args.batch_size * factor for factor in (1, 2, 4, 8)]
@@ -428,9 +476,8 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     peaks_of_data = {number: peak_of(args, "data", number) for number in numbers}
     steps = {}
     for size in sizes:
-        steps[size] = build_forward(
-            Variant(channels_last=True), argparse.Namespace(**{**vars(args), "batch_size": size})
-        )
+        of_size = argparse.Namespace(**{**vars(args), "batch_size": size})
+        steps[size] = build("forward", Variant(channels_last=True), of_size)
     times = in_turn({str(size): step for size, step in steps.items()}, args)
     rows = {}
     for size in sizes:

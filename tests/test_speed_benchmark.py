@@ -76,10 +76,9 @@ def test_all_ways_of_sampling(measure: Callable[..., dict[str, Any]]) -> None:
 def test_an_update_of_each_loop_changes_the_weights(loop: str, benchmark: dict[str, Any]) -> None:
     args = argparse.Namespace(tiny=True, size=16, batch_size=2, device="cpu")
     variant = benchmark["Variant"](loop)
-    unet = benchmark["build_network"](variant, args).train()
+    unet = benchmark["build_network"](variant, args)
     before = [tensor.detach().clone() for tensor in unet.parameters()]
-    make = benchmark["our_update" if loop == "ours" else "others_update"]
-    make(unet, variant, args)()
+    benchmark["build_training"](unet, variant, args)()
     assert not all(torch.equal(old, new) for old, new in zip(before, unet.parameters()))
 
 
@@ -104,3 +103,15 @@ def test_the_largest_batch_is_found_by_trying(most: int, benchmark: dict[str, An
     found = benchmark["largest"](fits)
     assert most * 7 // 8 - 1 <= found <= most and len(tried) < 20
     assert found == 0 or found in tried
+
+
+def test_a_variant_that_fails_is_named_and_left_out(benchmark: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    args = argparse.Namespace(device="cpu", steps=1, repeats=3)
+    times = benchmark["in_turn"]({"one": lambda: None, "two": fails, "three": lambda: None}, args)
+    assert {name: len(values) for name, values in times.items()} == {"one": 3, "three": 3}
+    assert "left out: two: no memory" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmark["in_turn"]({"one": fails, "two": lambda: None}, args)
