@@ -32,7 +32,7 @@ from .hub import (
 )
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
-from .speed import choose_fast_settings, slow_bf16
+from .speed import choose_fast_settings, keep_freed_memory, slow_bf16
 from .streaming import StreamedBatches
 from .trackers import chosen_trackers, report_pictures, start_trackers
 from .training import EMA, Meter, averaged_weights, memory_gib, sample_grid, unused_gpu, with_weights
@@ -58,6 +58,7 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
         raise BadInput(f"--mixed_precision {config.mixed_precision}: {error}") from error
     if accelerator.device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
     bf16 = config.mixed_precision == "bf16"
     for warning in (unused_gpu(), bf16 and slow_bf16(accelerator.device, "add --mixed_precision no")):
         if warning:

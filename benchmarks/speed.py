@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader
 from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
 from animeface_pipeline.dataset import Batches
 from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
-from animeface_pipeline.speed import compile_for_sampling, slow_bf16
+from animeface_pipeline.speed import compile_for_sampling, keep_freed_memory, slow_bf16
 from animeface_pipeline.training import Meter, diffusion_loss, update
 
 GFLOP_FORWARD, GFLOP_TRAINING = 32.2, 96.7  # of the full-size network for one picture of 64×64
@@ -537,6 +537,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     names = dict.fromkeys(name for table in VARIANTS.values() for name in table)
     parser.add_argument("--variants", nargs="+", choices=names, help="only these and the original's way: less memory")
+    parser.add_argument("--keep_memory", action="store_true", help="of all variants, as the trainer does on a CPU")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--kind", choices=["forward", "training", "data"], default="training", help="of `peak`")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of `peak`")
@@ -552,6 +553,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     if args.table == "peak":
         return peak(args)
+    if args.keep_memory:
+        keep_freed_memory()
 
     result = {
         "command": shlex.join(["python", *sys.argv]),

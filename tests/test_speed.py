@@ -1,5 +1,8 @@
 """The levers change the speed and nothing else."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +125,25 @@ def test_a_cpu_that_only_imitates_bf16_is_told_of(
     for precision in ("no", "bf16"):
         assert Trainer(tmp_path / precision, mixed_precision=precision)("--max_train_steps", 1) == 0
         assert (warning in capsys.readouterr().out) == (precision == "bf16")
+
+
+PAGES = """
+import resource, torch
+from animeface_pipeline.speed import keep_freed_memory
+if {keep}: keep_freed_memory()
+for _ in range(3):  # until there is room for it, aligned
+    torch.ones(2**26)  # 256 MiB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_freed_memory_is_kept_and_not_asked_for_again() -> None:
+    def page_faults(keep: bool) -> int:
+        code = PAGES.format(keep=keep)
+        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+
+    assert page_faults(keep=True) < 50 < page_faults(keep=False)
