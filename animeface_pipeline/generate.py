@@ -38,7 +38,7 @@ from .files import write_aside
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import SCHEDULERS, recommended_steps, switch_scheduler
-from .speed import compile_for_sampling, slow_bf16
+from .speed import compile_for_sampling
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "generate.json"
@@ -152,8 +152,6 @@ def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
 
     torch.backends.cudnn.allow_tf32 = False  # torch allows it by default: float32 pictures would depend on the device
     pipe.to(args.device or best_device())
-    if args.dtype == "bfloat16" and (warning := slow_bf16(pipe.device, "use --dtype float32")):
-        print(warning, file=sys.stderr)
     if args.compile:
         compile_for_sampling(pipe.unet, "reduce-overhead" if pipe.device.type == "cuda" else "default")
     pipe.set_progress_bar_config(desc="denoising", leave=False, position=1, disable=None)
