@@ -32,7 +32,7 @@ from .hub import (
 )
 from .pipeline_animeface import AnimeFacePipeline
 from .run_folder import WRITE_ERRORS, RunFolder
-from .speed import choose_fast_settings, keep_freed_memory, slow_bf16
+from .speed import choose_fast_settings, imitates_bf16, keep_freed_memory
 from .streaming import StreamedBatches
 from .trackers import chosen_trackers, report_pictures, start_trackers
 from .training import EMA, Meter, averaged_weights, memory_gib, sample_grid, unused_gpu, with_weights
@@ -59,10 +59,13 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
     if accelerator.device.type == "cpu":
         use_all_cores()
         keep_freed_memory()
-    bf16 = config.mixed_precision == "bf16"
-    for warning in (unused_gpu(), bf16 and slow_bf16(accelerator.device, "add --mixed_precision no")):
-        if warning:
-            accelerator.print(warning)
+    if (warning := unused_gpu()) is not None:
+        accelerator.print(warning)
+    if config.mixed_precision == "bf16" and imitates_bf16(accelerator.device):
+        accelerator.print(
+            "warning: this CPU has no instructions for bf16 and is many times slower in it than in float32:"
+            " add --mixed_precision no"
+        )
     folder = RunFolder(Path(config.output_dir), accelerator)
     try:
         resume = config.resume_from_checkpoint is not None

@@ -43,13 +43,10 @@ def can_compile_on_gpu() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0)
 
 
-def slow_bf16(device: torch.device, way_out: str) -> str | None:
-    """A warning if this CPU only imitates bf16, which was seen to take 8 to 20 times as long as float32."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return f"warning: this CPU has no instructions for bf16 and is many times slower in it than in float32: {way_out}"
+def imitates_bf16(device: torch.device) -> bool:
+    """Whether it is a CPU without instructions for bf16, which was seen to take 8 to 20 times as long as float32."""
+    has_mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return has_mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def choose_fast_settings(config: TrainingConfig) -> None:

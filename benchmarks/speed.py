@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader
 from animeface_pipeline import AnimeFacePipeline, AnimeFaceUNet2DModel
 from animeface_pipeline.dataset import Batches
 from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
-from animeface_pipeline.speed import compile_for_sampling, keep_freed_memory, slow_bf16
+from animeface_pipeline.speed import compile_for_sampling, imitates_bf16, keep_freed_memory
 from animeface_pipeline.training import Meter, diffusion_loss, update
 
 GFLOP_FORWARD, GFLOP_TRAINING = 32.2, 96.7  # of the full-size network for one picture of 64×64
@@ -72,7 +72,7 @@ class Variant:
         """Whether it is of use on this device: some levers are a GPU's, and a CPU that imitates bf16 takes hours."""
         if self.compile_mode is not None and not args.compile:
             return False
-        if self.precision == torch.bfloat16 and not args.tiny and slow_bf16(torch.device(args.device), ""):
+        if self.precision == torch.bfloat16 and not args.tiny and imitates_bf16(torch.device(args.device)):
             return False
         of_gpu = self.tf32 or self.pictures_on == "cpu" or self.compile_mode not in (None, "default")
         return args.device == "cuda" or not of_gpu
