@@ -546,6 +546,15 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path)
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
+    for name in ("batch_size", "repeats", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; --device cpu measures the CPU")
+    if args.memory_limit_gb is not None and not on_gpu:
+        parser.error("--memory_limit_gb: is of a GPU; leave it out, or add --device cuda")
+    if args.output_file and not args.output_file.parent.is_dir():
+        parser.error(f"--output_file {args.output_file}: its folder is not there; make it first")
     args.size = 16 if args.tiny else 64
     args.batch_size = args.batch_size or ((16 if args.table == "sampling" else 64) if on_gpu else 4)
     args.steps = args.steps or (10 if on_gpu and args.table != "sampling" else 1)

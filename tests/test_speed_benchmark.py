@@ -115,3 +115,28 @@ def test_a_variant_that_fails_is_named_and_left_out(benchmark: dict[str, Any], c
     assert "left out: two: no memory" in capsys.readouterr().err
     with pytest.raises(torch.OutOfMemoryError):
         benchmark["in_turn"]({"one": fails, "two": lambda: None}, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--repeats=0"], "--repeats 0: must be at least 1"),
+        (["--batch_size=-4"], "--batch_size -4: must be at least 1"),
+        (["--device=cuda"], "--device cuda: torch finds no GPU here"),
+        (["--memory_limit_gb=8"], "--memory_limit_gb: is of a GPU"),
+        (["--output_file=nowhere/x.json"], "its folder is not there"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_measured(
+    flags: list[str],
+    said: str,
+    benchmark: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "forward", "--tiny", "--device=cpu", *flags])
+    with pytest.raises(SystemExit) as ended:
+        benchmark["main"]()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and said in last
