@@ -38,7 +38,7 @@ from .files import write_aside
 from .images import denoising_strips, image_grid
 from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import SCHEDULERS, recommended_steps, switch_scheduler
-from .speed import FAST, compile_for_sampling
+from .speed import FAST, compile_for_sampling, imitates_bf16
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "generate.json"
@@ -210,6 +210,9 @@ def draw_missing(pipe: AnimeFacePipeline, args: argparse.Namespace, settings: di
     """Draw the images that are not there yet, batch by batch, and save each batch when it is finished."""
     seeds = range(args.seed, args.seed + args.num_images)
     missing = [seed for seed in seeds if not all(file.is_file() for file in files_of(seed, args))]
+    if missing and args.dtype == "bfloat16" and imitates_bf16(pipe.device):
+        message = "this CPU has no instructions for it and is many times slower in it than in float32"
+        print(f"warning: --dtype bfloat16: {message}", file=sys.stderr)
     with tqdm(total=len(seeds), initial=len(seeds) - len(missing), unit="image") as progress:
         for start in range(0, len(missing), args.batch_size):
             batch = missing[start : start + args.batch_size]

@@ -137,6 +137,16 @@ def test_pictures_do_not_depend_on_batch_size_or_number(scheduler: str, model: P
         assert np.abs(found[name] - expected[name]).max() <= 1
 
 
+def test_a_cpu_that_only_imitates_bf16_is_told_of_before_it_draws(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("animeface_pipeline.generate.imitates_bf16", lambda device: device.type == "cpu")
+    flags = ("--num_images=1", "--num_inference_steps=2", "--device=cpu")
+    for dtype, told in [("bfloat16", True), ("bfloat16", False), ("float32", False)]:  # the second draws nothing
+        assert run(model, tmp_path / dtype, *flags, f"--dtype={dtype}") == 0
+        assert ("many times slower in it than in float32" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype: str, model: Path, tmp_path: Path) -> None:
     assert run(model, tmp_path / "full", "--num_images=2", "--scheduler=ddim") == 0
