@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
@@ -74,6 +75,8 @@ def inception(feature_weights: Path | None = None) -> nn.Module:
             f"Inception's weights cannot be downloaded ({error}); name a file of them with --feature_weights"
         ) from error
     except (RuntimeError, TypeError, AttributeError) as error:
+        if path is None:
+            raise BadInput(f"Inception's weights are damaged ({error}); try again or use --feature_weights") from error
         raise BadInput(f"--feature_weights {path}: not the weights of torch-fidelity's Inception") from error
 
 
@@ -99,15 +102,32 @@ def compute_features(
     Returns:
         `torch.Tensor` of shape `(N, num_features)`: float32, on the CPU.
     """
+    if file is None:
+        return _compute_features(network, pictures, None, batch_size, device, description)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.part")
+    with FileLock(file.with_name(f"{file.name}.lock")):  # another command may want the same
+        if file.is_file():
+            return torch.from_numpy(np.fromfile(file, np.float32).reshape(len(pictures), -1))
+        features = _compute_features(network, pictures, unfinished, batch_size, device, description)
+        os.replace(unfinished, file)
+    return features
+
+
+def _compute_features(
+    network: nn.Module,
+    pictures: torch.Tensor,
+    unfinished: Path | None,
+    batch_size: int,
+    device: torch.device | str,
+    description: str,
+) -> torch.Tensor:
+    """Batch by batch, each of them appended to the file `unfinished`, whose whole rows need no computing."""
     network = network.to(device).eval()
     with torch.inference_mode():
         width = network(pictures[:1].to(device)).shape[1]
-        if file is not None and file.is_file():
-            return torch.from_numpy(np.fromfile(file, np.float32).reshape(len(pictures), width))
-        unfinished = None if file is None else file.with_name(f"{file.name}.part")
         done = torch.empty(0, width)
         if unfinished is not None:
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
             values = np.fromfile(unfinished, np.float32) if unfinished.is_file() else np.empty(0, np.float32)
             done = torch.from_numpy(values[: len(values) // width * width].reshape(-1, width))
             unfinished.write_bytes(done.numpy().tobytes())
@@ -120,8 +140,6 @@ def compute_features(
                     with open(unfinished, "ab") as part:
                         part.write(parts[-1].numpy().tobytes())
                 progress.update(len(batch))
-    if file is not None and unfinished is not None:
-        os.replace(unfinished, file)
     return torch.cat(parts)
 
 

@@ -72,8 +72,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache_dir", type=Path, default=default_cache(), help="of networks and features")
     args = parser.parse_args(argv)
     args.save_process = False  # a flag of generate
-    if args.update_card and not Path(args.model, "model_index.json").is_file():
-        raise BadInput(f"--update_card: {args.model} is no pipeline's folder; save or download it first")
+    if args.update_card and not all(Path(args.model, name).is_file() for name in ("model_index.json", "README.md")):
+        raise BadInput(f"--update_card: {args.model} is no pipeline's folder with a card; save or download it first")
+    for flag, folder in {"--reference": args.reference, "MODEL": Path(args.model)}.items():
+        is_read = flag == "--reference" or is_folder_of_pictures(args.model)
+        if is_read and args.output_dir.resolve().is_relative_to(folder.resolve()):
+            raise BadInput(
+                f"--output_dir {args.output_dir}: what is written there would count as {flag}'s; move it out"
+            )
     if args.feature_weights and not args.fid:
         raise BadInput("--feature_weights: is for Inception; add --fid")
     return args
@@ -86,19 +92,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     torchmetrics_modules()  # before anything is drawn
     inception_network = inception(args.feature_weights) if args.fid else None
     former = read_settings(args.output_dir)
-    if args.num_images < ENOUGH_IMAGES:
-        few = f"{args.num_images} pictures are few: compare {ENOUGH_IMAGES:,} or more, and equal numbers"
-        print(f"warning: {few}", file=sys.stderr)
-    source = open_model(args)
-    given = isinstance(source, torch.Tensor)
-    reference = load_reference(args, source.shape[-1] if given else source.unet.config.sample_size)
+    torch.backends.cudnn.allow_tf32 = False  # features are kept: they must not depend on what else was loaded
     try:
+        source = open_model(args)
+        given = isinstance(source, torch.Tensor)
+        reference = load_reference(args, source.shape[-1] if given else source.unet.config.sample_size)
+        if (number := min(args.num_images, len(source)) if given else args.num_images) < ENOUGH_IMAGES:
+            few = f"{number} pictures are few: compare {ENOUGH_IMAGES:,} or more, and equal numbers"
+            print(f"warning: {few}", file=sys.stderr)
         pictures, settings = (choose if given else draw)(source, args, former)
         results = {
             "command": shlex.join(["python", "-m", "animeface_pipeline.evaluate", *arguments]),
             "versions": versions(),
             "commit": code_commit(),
             "hardware": hardware_name(),
+            "device": str(args.device or best_device()),
             "model": settings,
             "num_images": len(pictures),
             "pictures_sha256": sha256_of(pictures),
@@ -112,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: the same command goes on with what is in {args.output_dir}", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        raise BadInput(f"{args.output_dir}: cannot be written: {error}; the same command goes on from here") from error
+        where = f"{args.output_dir} or --cache_dir {args.cache_dir}"
+        raise BadInput(f"{where}: cannot be written: {error}; the same command goes on from here") from error
     except torch.OutOfMemoryError as error:
         raise BadInput(f"--batch_size {args.batch_size}: out of memory; the same command goes on with less") from error
     print(table(results))
@@ -161,6 +170,8 @@ def pictures_to_judge(folder: Path, flag: str, args: argparse.Namespace) -> torc
         if not pictures:
             raise BadInput(f"{flag} {folder}: a run that was stopped before its first picture; let it go on first")
         return torch.stack(pictures)
+    if (folder / "run.json").is_file():
+        raise BadInput(f"{flag} {folder}: a training run that is not finished, and no pictures; let it go on first")
     return pictures_in(folder, flag, args, resolution=RESOLUTION)
 
 
@@ -169,8 +180,11 @@ def is_folder_of_pictures(model: str) -> bool:
 
 
 def read_png(file: Path) -> torch.Tensor:
-    with Image.open(file) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read as a picture ({error}); delete it to have it drawn again") from error
 
 
 # ---- the pictures to judge by ----
@@ -223,9 +237,11 @@ def measure(
     }
     if reference.held_out is not None and len(reference.held_out) > 1:
         results["memorisation"], closest = memorisation(pictures, reference.train, reference.held_out)
+        write_aside(args.output_dir / ".gitignore", b"*\n")  # the next file holds real pictures
         write_aside(args.output_dir / CLOSEST_FILE, png(closest))
     if inception_network is not None:
-        drawn, real, weights = features_of(inception_network, pictures, reference, args)
+        resized_by = f"-torchmetrics-{version('torchmetrics')}"
+        drawn, real, weights = features_of(inception_network, pictures, reference, args, resized_by)
         distances = feature_distances(drawn, real)
         results["inception"] = {
             "weights_sha256": weights,
@@ -237,14 +253,17 @@ def measure(
 
 
 def features_of(
-    network: torch.nn.Module, pictures: torch.Tensor, reference: Reference, args: argparse.Namespace
+    network: torch.nn.Module, pictures: torch.Tensor, reference: Reference, args: argparse.Namespace, made_by: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Features of the pictures and of the reference (from the cache, if they are there), and the weights' hash."""
+    """Features of the pictures and of the reference (from the cache, if they are there), and the weights' hash.
+
+    `made_by` is what they depend on besides the weights.
+    """
     weights = sha256_of(network.state_dict())
-    device: torch.device = args.device or best_device()
-    cached = args.cache_dir / "features" / f"{reference.train_sha256[:16]}-{weights[:16]}.float32"
-    real = compute_features(network, reference.train, cached, device=device, description="features of the reference")
-    return compute_features(network, pictures, device=device), real, weights
+    how: dict[str, Any] = {"batch_size": args.batch_size, "device": args.device or best_device()}
+    cached = args.cache_dir / "features" / f"{reference.train_sha256[:16]}-{weights[:16]}{made_by}.float32"
+    real = compute_features(network, reference.train, cached, description="features of the reference", **how)
+    return compute_features(network, pictures, **how), real, weights
 
 
 def versions() -> dict[str, str]:
@@ -289,13 +308,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 def for_the_card(results: dict[str, Any]) -> tuple[dict[str, float], str]:
-    """The metrics for the model card by their names on the Hub, and how they were measured, in a sentence."""
+    """The metrics for the model card by their names on the Hub, and how they were measured."""
     model, own = results["model"], results["in_domain"]
     metrics = {"in-domain-frechet-distance": own["frechet_distance"]}
     if inception_results := results.get("inception"):
         metrics |= {"fid": inception_results["fid"], "kid": inception_results["kid"]}
     how = (
-        f"Measured by animeface_pipeline.evaluate on {results['num_images']:,} pictures ({model['scheduler']},"
+        f"on {own['num_pictures']:,} pictures ({model['scheduler']},"
         f" {model['num_inference_steps']} steps, seeds from {model['seed']}) against"
         f" {results['reference']['num_pictures']:,} real ones. The in-domain Fréchet distance is no FID: real pictures"
         f" get {own['floor']:.3f} by it."

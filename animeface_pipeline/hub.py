@@ -183,19 +183,21 @@ def card_data(summary: TrainingSummary, fixed: Mapping[str, Any]) -> ModelCardDa
 
 # How the metrics are called in the card's table, by their names on the Hub.
 METRIC_NAMES = {"fid": "FID", "kid": "KID", "in-domain-frechet-distance": "in-domain Fréchet distance"}
-_RESULTS_SECTION = re.compile(r"\n## Results\n.*?(?=\n## |\Z)", re.DOTALL)
+MEASURED_BY = "Measured by animeface_pipeline.evaluate"
+_RESULTS_SECTION = re.compile(rf"\n## Results\n((?!\n## ).)*{re.escape(MEASURED_BY)}.*?(?=\n## |\Z)", re.DOTALL)
 
 
-def add_results(folder: Path, metrics: Mapping[str, float], measured: str) -> None:
+def add_results(folder: Path, metrics: Mapping[str, float], how: str) -> None:
     r"""
     Write measured results into the card of a saved pipeline: its front matter, and its section "Results".
 
-    What else the card says stays; an edited card stays somebody's own.
+    They take the place of all that `evaluate` wrote before, because they may be of another model or another number of
+    pictures. What else the card says stays; an edited card stays somebody's own.
 
     Args:
         folder (`Path`): The pipeline's folder, with its `README.md`.
         metrics (`Mapping[str, float]`): By their names on the Hub, keys of `METRIC_NAMES`.
-        measured (`str`): How, in a sentence.
+        how (`str`): How they were measured: the end of the sentence "Measured by animeface_pipeline.evaluate …".
 
     Raises:
         [`BadInput`]: there is no card, or its front matter cannot be read.
@@ -218,11 +220,11 @@ def add_results(folder: Path, metrics: Mapping[str, float], measured: str) -> No
         for name, value in metrics.items()
     ]
     data: Any = card.data
-    results = [result for result in data.eval_results or [] if result.metric_type not in metrics] + results
+    results = [result for result in data.eval_results or [] if result.metric_type not in METRIC_NAMES] + results
     data.model_name = data.model_name or "AnimeFacePipeline"
     data.eval_results, data.metrics = results, [result.metric_type for result in results]
     rows = "\n".join(f"| {METRIC_NAMES[name]} | {value:.4g} |" for name, value in metrics.items())
-    section = f"\n## Results\n\n| measure | value |\n| --- | --- |\n{rows}\n\n{measured}\n"
+    section = f"\n## Results\n\n| measure | value |\n| --- | --- |\n{rows}\n\n{MEASURED_BY} {how}\n"
     body = _RESULTS_SECTION.sub("", card.text).rstrip() + "\n"
     limits = body.find("\n## Limits and biases")
     card.text = body[:limits] + section + body[limits:] if limits >= 0 else body + section

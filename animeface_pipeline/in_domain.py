@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load, save
 from torch import nn
 from tqdm import tqdm
@@ -226,10 +227,11 @@ def in_domain_features(
     """The network of these pictures and this recipe: from the cache, or trained now and kept there."""
     key = hashlib.sha256(f"{pictures_sha256} {json.dumps(recipe, sort_keys=True)}".encode()).hexdigest()[:16]
     file = cache_dir / "in-domain" / f"{key}.safetensors"
-    if not file.is_file():
-        trained = train_features(pictures, recipe).state_dict()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(file, save({name: tensor.contiguous() for name, tensor in trained.items()}))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # another command may want the same, and waits instead of training too
+        if not file.is_file():
+            trained = train_features(pictures, recipe).state_dict()
+            write_aside(file, save({name: tensor.contiguous() for name, tensor in trained.items()}))
     network = InDomainFeatures(**recipe)
     network.load_state_dict(load(file.read_bytes()))
     return network.eval().requires_grad_(False)
@@ -241,7 +243,8 @@ def in_domain_distance(features: torch.Tensor, real: torch.Tensor, seed: int = 0
 
     The distance depends on how many pictures there are on either side. So n real pictures are set aside, and the drawn
     and the real ones, n of each, are held against the remaining real ones; this is done five times, with others set
-    aside each time. n is the number of drawn pictures, or half of the real ones if that is less.
+    aside each time. n is the number of drawn pictures, or half of the real ones if that is less; then the n drawn ones
+    are chosen at random.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`): Of the drawn pictures.
@@ -254,6 +257,8 @@ def in_domain_distance(features: torch.Tensor, real: torch.Tensor, seed: int = 0
     """
     generator = torch.Generator().manual_seed(seed)
     number = min(len(features), len(real) // 2)
+    if len(features) > number:
+        features = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))]
     drawn: list[float] = []
     floor: list[float] = []
     kernel: dict[str, float] = {}

@@ -121,7 +121,8 @@ def compare_statistics(rows: Rows, real: Rows, seed: int = 0) -> dict[str, dict[
     random = np.random.default_rng(seed)
     num_pictures, num_real = len(rows[histograms]), len(real[histograms])
     size = min(SAMPLE_SIZE, num_pictures, num_real)
-    samples = [random.choice(num_real, size, replace=False) for _ in range(SAMPLES)]
+    few = num_real < 10 * size  # then samples are much the same, or all of them, unless drawn with replacement
+    samples = [random.choice(num_real, size, replace=few) for _ in range(SAMPLES)]
     results = {}
     for name, statistic in STATISTICS.items():
         own, others = rows[statistic.rows], real[statistic.rows]

@@ -25,7 +25,9 @@ from hardware import machine
 from PIL import Image, ImageDraw
 
 from animeface_pipeline import evaluate
+from animeface_pipeline.cli import BadInput, command
 from animeface_pipeline.config import load_recipe
+from animeface_pipeline.files import write_aside
 
 DRAWN_WITH = ["--scheduler=dpmsolver++", "--num_inference_steps=25"]
 UNET = {"block_out_channels": [16, 32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8}
@@ -71,25 +73,31 @@ VARIANTS: dict[str, Variant] = {
     "without clipping": Variant(changes={"max_grad_norm": None}),
     "float32": Variant(changes={"mixed_precision": "no"}),
 }
+RECIPES_OWN_RATE = "original, learning rate 1e-5"  # which SMALL raises: with --full it is the variant "original"
+ALIKE = ("full", "num_pictures", "reference_sha256", "num_images", "drawn_with")  # in rows of one table
 MEASURES = ("colour mean", "colour deviation", "colour histogram", "power spectrum")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="what prepare_dataset wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_pictures", type=int, default=12_000, help="that each variant sees (default: 12000)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="some rows only (default: all)")
     parser.add_argument("--full", action="store_true", help="the full network instead of a small one")
     args, of_evaluate = parser.parse_known_args()
     evaluate.parse_args(evaluation_flags(args, args.output_dir / "model", of_evaluate))  # a wrong one is told now
 
     written = args.output_dir / "ablation.json"
     results = json.loads(written.read_text(encoding="utf-8"))["rows"] if written.is_file() else {}
-    for name in args.variants:
+    all_of_them = [name for name in VARIANTS if not (args.full and name == RECIPES_OWN_RATE)]
+    for name in args.variants or all_of_them:
         print(f"---- {name}", flush=True)
-        results[name] = measure(train(name, args), args, of_evaluate)
-        results = {each: results[each] for each in VARIANTS if each in results}
+        new = measure(train(name, args), args, of_evaluate) | {"full": args.full, "num_pictures": args.num_pictures}
+        results[name] = new
+        comparable = {each for each, row in results.items() if all(row.get(key) == new[key] for key in ALIKE)}
+        results = {each: results[each] for each in VARIANTS if each in comparable}
         write(args, results)  # after every row, so that there is something to look at
     print((args.output_dir / "ablation.md").read_text(encoding="utf-8"))
 
@@ -115,7 +123,7 @@ def train(name: str, args: argparse.Namespace) -> Path:
     recipe, model = folder / "recipe.yaml", folder / "model"
     text = f"# for {args.reference}\n{yaml.safe_dump(recipe_of(name, args), allow_unicode=True)}"
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
-        sys.exit(f"{recipe}: is of another command; choose another --output_dir")
+        raise BadInput(f"{recipe}: is of another command; choose another --output_dir")
     recipe.write_text(text, encoding="utf-8")
     if not (model / "model_index.json").is_file():
         trainer = Path(__file__).parent.parent / "train_accelerate.py"
@@ -144,6 +152,7 @@ def measure(model: Path, args: argparse.Namespace, of_evaluate: list[str]) -> di
         "in_domain": result["in_domain"],
         "statistics": result["statistics"],
         "num_images": result["num_images"],
+        "reference_sha256": result["reference"]["sha256"],
         "drawn_with": f"{result['model']['scheduler']}, {result['model']['num_inference_steps']} steps",
         "first_pictures": [str(file) for file in sorted(output.glob("seed-*.png"))[:SHOWN]],
         "updates": json.loads(log[-1])["step"],
@@ -152,13 +161,13 @@ def measure(model: Path, args: argparse.Namespace, of_evaluate: list[str]) -> di
 
 
 def write(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
-    command = shlex.join(["python", *sys.argv])
+    line = shlex.join(["python", *sys.argv])
     first = next(iter(results.values()))
     drawn = f"{first['num_images']:,} pictures of each variant, {first['drawn_with']}:"
-    text = f"{drawn}\n\n{markdown(results)}\n\n```\n{command}\n```\n"
-    (args.output_dir / "ablation.md").write_text(text, encoding="utf-8")
-    everything = {"command": command, **machine("animeface-pipeline", "torch", "diffusers"), "rows": results}
-    (args.output_dir / "ablation.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    text = f"{drawn}\n\n{markdown(results)}\n\n```\n{line}\n```\n"
+    write_aside(args.output_dir / "ablation.md", text.encode())
+    everything = {"command": line, **machine("animeface-pipeline", "torch", "diffusers"), "rows": results}
+    write_aside(args.output_dir / "ablation.json", (json.dumps(everything, indent=2) + "\n").encode())
     draw_rows(results).save(args.output_dir / "ablation.png")
 
 

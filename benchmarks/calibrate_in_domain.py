@@ -79,6 +79,7 @@ def main() -> int:
     assert reference.held_out is not None, f"{args.reference} has no validation/"
     chosen = torch.randperm(len(reference.held_out), generator=torch.Generator().manual_seed(0))[: args.num_images]
     held_out = reference.held_out[chosen]
+    num_images = len(held_out)
     network = in_domain_features(reference.train, reference.train_sha256, args.cache_dir)
     _, real, weights = features_of(network, held_out, reference, here)
 
@@ -103,8 +104,8 @@ def main() -> int:
             worse = worsen(held_out.float() / 255, amount, torch.Generator().manual_seed(0))
             measure(series, unit.format(amount), worse.clamp(0, 1).mul(255).round().to(torch.uint8))
     for folder in args.models:
-        drawn = pictures_to_judge(folder, "--models", here)[: args.num_images]
-        assert len(drawn) == args.num_images, f"{folder}: {len(drawn)} pictures"
+        drawn = pictures_to_judge(folder, "--models", here)[:num_images]
+        assert len(drawn) == num_images, f"{folder}: {len(drawn)} pictures"
         measure("models", folder.name, drawn)
 
     result = {

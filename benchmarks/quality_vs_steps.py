@@ -22,6 +22,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from animeface_pipeline import evaluate
+from animeface_pipeline.cli import command
+from animeface_pipeline.files import write_aside
 from animeface_pipeline.generate import describe_run, load_pipeline
 from animeface_pipeline.schedulers import SCHEDULERS
 
@@ -35,6 +37,7 @@ SOLVERS = {
 MANY_UP_TO = 50  # steps
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a pipeline's folder, or its name on the Hub")
@@ -48,7 +51,10 @@ def main() -> None:
     first = evaluate.parse_args(
         [args.model, f"--reference={args.reference}", f"--output_dir={args.output_dir}", *of_evaluate]
     )
-    args.weights_sha256 = describe_run(load_pipeline(first), first)["weights_sha256"]
+    pipe = load_pipeline(first)
+    args.same = what_cells_share(
+        describe_run(pipe, first), evaluate.load_reference(first, pipe.unet.config.sample_size).describe()
+    )
 
     (args.output_dir / "results").mkdir(parents=True, exist_ok=True)
     cells: dict[int, dict[str, dict[int, Any]]] = {}
@@ -62,6 +68,15 @@ def main() -> None:
     print((args.output_dir / "steps.md").read_text(encoding="utf-8"))
 
 
+def what_cells_share(model: dict[str, Any], reference: dict[str, Any]) -> list[Any]:
+    return [
+        model["weights_sha256"],
+        model["value_range"],
+        model["scheduler_config"]["prediction_type"],
+        reference["sha256"],
+    ]
+
+
 def measure(args: argparse.Namespace, scheduler: str, steps: int, number: int, of_evaluate: list[str]) -> Any:
     """Draw and measure one cell, or read what a former run measured by the same command."""
     name = f"{scheduler}-{steps}"
@@ -70,7 +85,8 @@ def measure(args: argparse.Namespace, scheduler: str, steps: int, number: int, o
     flags += [f"--scheduler={scheduler}", f"--num_inference_steps={steps}", f"--num_images={number}", *of_evaluate]
     if kept.is_file():
         result = json.loads(kept.read_text(encoding="utf-8"))
-        if result["command"].endswith(shlex.join(flags)) and result["model"]["weights_sha256"] == args.weights_sha256:
+        shared = what_cells_share(result["model"], result["reference"])
+        if result["command"].endswith(shlex.join(flags)) and shared == args.same:
             return result
     print(f"{name}, {number:,} pictures", flush=True)
     try:
@@ -79,18 +95,18 @@ def measure(args: argparse.Namespace, scheduler: str, steps: int, number: int, o
         if done.code:
             raise
     text = (args.output_dir / name / evaluate.RESULT_FILE).read_text(encoding="utf-8")
-    kept.write_text(text, encoding="utf-8")
+    write_aside(kept, text.encode())
     return json.loads(text)
 
 
 def write(args: argparse.Namespace, cells: dict[int, dict[str, dict[int, Any]]]) -> None:
     """All results as JSON, as Markdown tables and as a plot."""
-    command = shlex.join(["python", *sys.argv])
+    line = shlex.join(["python", *sys.argv])
     tables = [markdown(number, by_solver) for number, by_solver in sorted(cells.items())]
-    text = "\n\n".join([*tables, f"```\n{command}\n```"])
-    (args.output_dir / "steps.md").write_text(text + "\n", encoding="utf-8")
-    result = json.dumps({"command": command, "cells": cells}, indent=2)
-    (args.output_dir / "steps.json").write_text(result + "\n", encoding="utf-8")
+    text = "\n\n".join([*tables, f"```\n{line}\n```"])
+    write_aside(args.output_dir / "steps.md", f"{text}\n".encode())
+    result = json.dumps({"command": line, "cells": cells}, indent=2)
+    write_aside(args.output_dir / "steps.json", f"{result}\n".encode())
     plot(*min(cells.items()), args.output_dir / "steps.png")
 
 
@@ -98,9 +114,10 @@ def distance(result: Any) -> float:
     return result["in_domain"]["frechet_distance"]
 
 
-def floor_of(by_solver: dict[str, dict[int, Any]]) -> float:
-    """The same in every cell: it depends on the real pictures and on how many there are."""
-    return next(iter(next(iter(by_solver.values())).values()))["in_domain"]["floor"]
+def floor_of(by_solver: dict[str, dict[int, Any]]) -> tuple[float, float]:
+    """Mean and deviation, the same in every cell: they depend on the real pictures and on how many there are."""
+    own = next(iter(next(iter(by_solver.values())).values()))["in_domain"]
+    return own["floor"], own["floor_std"]
 
 
 def markdown(number: int, by_solver: dict[str, dict[int, Any]]) -> str:
@@ -112,7 +129,8 @@ def markdown(number: int, by_solver: dict[str, dict[int, Any]]) -> str:
         + " |"
         for scheduler, cells in by_solver.items()
     ]
-    real = f"Real pictures get {floor_of(by_solver):.3f}."
+    floor, deviation = floor_of(by_solver)
+    real = f"Real pictures get {floor:.3f} ± {deviation:.3f}."
     return "\n".join([header, f"|{' --- |' * (len(steps) + 1)}", *rows, "", real])
 
 
@@ -123,7 +141,7 @@ def plot(number: int, by_solver: dict[str, dict[int, Any]], file: Path) -> None:
         steps = sorted(cells)
         values = [distance(cells[each]) for each in steps]
         axes.plot(steps, values, marker="o", markersize=4, label=SOLVERS.get(scheduler, scheduler))
-    axes.axhline(floor_of(by_solver), color="grey", linestyle="--", label="real pictures")
+    axes.axhline(floor_of(by_solver)[0], color="grey", linestyle="--", label="real pictures")
     ticks = sorted({each for cells in by_solver.values() for each in cells})
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=f"in-domain Fréchet distance, {number:,} pictures")
     axes.set_xticks(ticks, [str(each) for each in ticks])

@@ -7,6 +7,8 @@ import re
 import runpy
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from animeface_pipeline.cli import BadInput
 from animeface_pipeline.config import load_recipe
 from animeface_pipeline.distances import compute_features, feature_distances, inception, sha256_of
 from animeface_pipeline.hub import add_results
+from animeface_pipeline.picture_statistics import compare_statistics, statistic_rows
 from animeface_pipeline.pipeline_animeface import is_our_card
 from animeface_pipeline.schedulers import original_scheduler
 
@@ -100,6 +103,7 @@ def test_everything_is_measured_and_written(
     for digest in (found["model"]["weights_sha256"], found["in_domain"]["weights_sha256"], found["pictures_sha256"]):
         assert re.fullmatch("[0-9a-f]{64}", digest)
     assert Image.open(tmp_path / "out" / "closest.png").size == (6 * 16, 4 * 16)
+    assert (tmp_path / "out" / ".gitignore").read_text() == "*\n"  # it shows real pictures
     assert len(list((tmp_path / "out").glob("seed-*.png"))) == 8
 
 
@@ -153,7 +157,10 @@ def test_network_and_features_of_the_reference_are_kept_by_its_content(
     assert run(model, reference, tmp_path / "first") == 0
     cache = tmp_path / "cache"
     kept = {
-        file: file.stat().st_mtime_ns for folder in ("in-domain", "features") for file in (cache / folder).iterdir()
+        file: file.stat().st_mtime_ns
+        for folder in ("in-domain", "features")
+        for file in (cache / folder).iterdir()
+        if file.suffix != ".lock"
     }
     assert len(kept) == 2
     moved = reference.rename(tmp_path / "moved")
@@ -163,7 +170,7 @@ def test_network_and_features_of_the_reference_are_kept_by_its_content(
     assert first["in_domain"] == second["in_domain"]
     (moved / "train" / "000.png").unlink()
     assert run(model, moved, tmp_path / "third") == 0
-    assert len(list((cache / "in-domain").iterdir())) == 2
+    assert len(list((cache / "in-domain").glob("*.safetensors"))) == 2
     assert result(tmp_path / "third")["reference"]["sha256"] != first["reference"]["sha256"]
 
 
@@ -173,7 +180,7 @@ def test_a_folder_of_pictures_is_judged_like_a_model(reference: Path, tmp_path: 
     for name in ("alike", "bright"):
         assert run(tmp_path / name, reference, tmp_path / f"of {name}") == 0
     alike, bright = (result(tmp_path / f"of {name}") for name in ("alike", "bright"))
-    assert alike["num_images"] == 8
+    assert alike["num_images"] == 8 and alike["device"]
     assert alike["in_domain"]["frechet_distance"] < bright["in_domain"]["frechet_distance"]
     assert alike["statistics"]["colour mean"]["passes"]
     assert not bright["statistics"]["colour mean"]["passes"]
@@ -195,7 +202,59 @@ def test_without_held_out_pictures_memorisation_is_not_measured(model: Path, ref
     assert not (tmp_path / "out" / "closest.png").exists()
 
 
+def test_how_many_pictures_there_are_is_what_counts_for_the_warning(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_pictures(tmp_path / "few", 8, seed=2)
+    assert run(tmp_path / "few", reference, tmp_path / "out", "--num_images=10000") == 0
+    assert "warning: 8 pictures are few" in capsys.readouterr().err
+
+
+def test_a_small_reference_has_limits_that_its_like_can_meet() -> None:
+    random = torch.Generator().manual_seed(0)
+    real, alike = (torch.randint(256, (80, 3, 16, 16), dtype=torch.uint8, generator=random) for _ in range(2))
+    assert all(each["limit"] > 0 for each in compare_statistics(statistic_rows(alike), statistic_rows(real)).values())
+
+
+def test_of_more_pictures_than_can_be_compared_some_are_taken_at_random() -> None:
+    random = torch.Generator().manual_seed(0)
+    real = torch.randn(40, 3, generator=random)
+    mixed = torch.cat([torch.randn(20, 3, generator=random), torch.randn(20, 3, generator=random) + 100])
+    found = in_domain.in_domain_distance(mixed, real)
+    assert found["num_pictures"] == 20
+    assert found["frechet_distance"] > 1000  # the second half is seen
+
+
 # ---- bad input ----
+
+
+def test_a_training_run_that_is_not_finished_is_no_folder_of_pictures(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_pictures(tmp_path / "run" / "samples", 8, seed=2)
+    (tmp_path / "run" / "run.json").write_text("{}", encoding="utf-8")
+    assert run(tmp_path / "run", reference, tmp_path / "out") == 2
+    assert "a training run that is not finished" in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_drawn_must_not_become_the_reference(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    faces = save_pictures(tmp_path / "faces", 8, seed=2)
+    assert run(model, reference, reference / "quality") == 2
+    assert "--output_dir" in (line := error_line(capsys)) and "--reference's" in line
+    assert run(faces, reference, faces / "quality") == 2
+    assert "MODEL's" in error_line(capsys)
+    assert not (reference / "quality").exists() and not (faces / "quality").exists()
+
+
+def test_a_cache_that_cannot_be_written(
+    model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert run(model, reference, tmp_path / "out", f"--cache_dir={tmp_path / 'file'}") == 2
+    assert f"--cache_dir {tmp_path / 'file'}" in error_line(capsys)
 
 
 def test_no_such_reference(model: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -281,7 +340,21 @@ def test_any_module_gives_features_and_a_stopped_computation_goes_on(tmp_path: P
     assert torch.equal(features, pictures.float().mean(dim=(2, 3)))
     assert network.seen == 1 + 30  # 20 of 50 were there; 1 tells how many features there are
     assert torch.equal(compute_features(Counting(limit=1), pictures, file), features)
-    assert [each.name for each in file.parent.iterdir()] == ["features"]
+    assert {each.name for each in file.parent.iterdir()} == {"features", "features.lock"}
+
+
+def test_two_commands_that_want_the_same_features_do_not_mix_them(tmp_path: Path) -> None:
+    class Slow(torch.nn.Module):
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return pictures.float().mean(dim=(2, 3))
+
+    pictures = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "features"
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: compute_features(Slow(), pictures, file, batch_size=4), range(2)))
+    assert all(torch.equal(each, pictures.float().mean(dim=(2, 3))) for each in found)
+    assert file.stat().st_size == 40 * 3 * 4
 
 
 def test_hashes_tell_contents_and_shapes_apart() -> None:
@@ -354,14 +427,19 @@ def test_results_go_into_the_card(model: Path, reference: Path, tmp_path: Path) 
 
 def test_an_edited_card_stays_its_owners(model: Path) -> None:
     readme = model / "README.md"
-    readme.write_text("---\nlicense: mit\n---\n# Mine\n\nMy words.\n", encoding="utf-8")
-    add_results(model, {"fid": 12.3456}, "Measured by me.")
+    own = "# Mine\n\nMy words.\n\n## Results\n\nMy results.\n\n## More\n"
+    readme.write_text(f"---\nlicense: mit\n---\n{own}", encoding="utf-8")
+    add_results(model, {"fid": 12.3456}, "on 8 pictures.")
     text = readme.read_text(encoding="utf-8")
-    assert "My words." in text
+    assert "My words." in text and "My results." in text and "## More" in text
     assert "| FID | 12.35 |" in text
     assert not is_our_card(text)
     assert ModelCard(text).data.license == "mit"
     assert ModelCard(text).data.eval_results[0].metric_value == 12.3456
+    add_results(model, {"in-domain-frechet-distance": 0.5}, "on 9 pictures, of another model.")
+    text = readme.read_text(encoding="utf-8")
+    assert "FID | 12" not in text and "on 8 pictures" not in text and "My results." in text
+    assert [each.metric_value for each in ModelCard(text).data.eval_results] == [0.5]
 
 
 def test_update_card_needs_a_folder(reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -370,6 +448,12 @@ def test_update_card_needs_a_folder(reference: Path, tmp_path: Path, capsys: pyt
 
 
 # ---- quality against steps ----
+
+
+def exit_code_of(benchmark: dict[str, Any]) -> int:
+    with pytest.raises(SystemExit) as done:
+        benchmark["main"]()
+    return done.value.code
 
 
 def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
@@ -385,7 +469,7 @@ def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
     ]
     flags += ["--schedulers", "ddim", "unipc", "--num_inference_steps", "3", "60", "--num_images=6", "--few_images=4"]
     monkeypatch.setattr(sys, "argv", ["quality_vs_steps.py", *map(str, flags)])
-    benchmark["main"]()
+    assert exit_code_of(benchmark) == 0
     said = capsys.readouterr().out
     results = tmp_path / "steps" / "results"
     names = {"ddim-3-4", "ddim-3-6", "unipc-3-4", "unipc-3-6", "ddim-60-4", "unipc-60-4"}
@@ -399,10 +483,17 @@ def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
     assert Image.open(tmp_path / "steps" / "steps.png").width > 500
 
     (results / "ddim-60-4.json").unlink()
-    benchmark["main"]()
+    assert exit_code_of(benchmark) == 0
     said = capsys.readouterr().out
     assert "ddim-60, 4 pictures" in said
     assert "ddim-3" not in said
+
+    (reference / "train" / "000.png").unlink()  # cells of another reference are no rows of the same table
+    assert exit_code_of(benchmark) == 0
+    assert "ddim-3, 6 pictures" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["quality_vs_steps.py", str(tmp_path / "none"), *map(str, flags[1:])])
+    assert exit_code_of(benchmark) == 2
+    assert str(tmp_path / "none") in error_line(capsys)
 
 
 # ---- ablation ----
@@ -456,7 +547,7 @@ def test_the_ablation_trains_with_the_variants_recipe_and_refuses_another(
     when = (model / "model_index.json").stat().st_mtime_ns
     assert ablation["train"]("predicts the noise", args) == model  # there already
     assert (model / "model_index.json").stat().st_mtime_ns == when
-    with pytest.raises(SystemExit, match="another command"):
+    with pytest.raises(BadInput, match="another command"):
         ablation["train"]("predicts the noise", argparse.Namespace(**{**vars(args), "num_pictures": 32}))
 
 
@@ -483,8 +574,8 @@ def test_the_ablation_writes_table_and_pictures_row_by_row(
     ]
     flags += [f"--cache_dir={tmp_path / 'cache'}", "--num_images=8", "--num_inference_steps=3", "--scheduler=ddpm"]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *flags])
-    monkeypatch.setitem(ablation["main"].__globals__, "train", trained)
-    ablation["main"]()
+    monkeypatch.setitem(ablation["train"].__globals__, "train", trained)
+    assert exit_code_of(ablation) == 0
     table = (output / "ablation.md").read_text(encoding="utf-8")
     value = result(output / "original" / "evaluation")["in_domain"]["frechet_distance"]
     assert (
@@ -493,6 +584,12 @@ def test_the_ablation_writes_table_and_pictures_row_by_row(
         and "real pictures, limit" in table
     )
     assert Image.open(output / "ablation.png").size == (200 + 8 * 18, 2 * 18)
+
+    more = [*(flag for flag in flags if flag not in ("original", "--num_images=8")), "--num_images=9"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *more])
+    assert exit_code_of(ablation) == 0
+    table = (output / "ablation.md").read_text(encoding="utf-8")
+    assert "| modern |" in table and "| original |" not in table  # its distance is of another number of pictures
 
 
 # ---- pictures of two runs, and losses of several ----
