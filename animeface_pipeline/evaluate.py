@@ -156,11 +156,10 @@ def choose(
     pictures: torch.Tensor, args: argparse.Namespace, former: dict[str, Any] | None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The same of pictures that are there; if there are more than are wanted, some at random."""
-    order = np.random.default_rng(args.seed).permutation(len(pictures))[: args.num_images]
-    pictures = pictures[torch.from_numpy(np.sort(order))]
     settings = {"animeface_pipeline": __version__, "model": args.model, "pictures_sha256": sha256_of(pictures)}
     claim_folder(args.output_dir, settings, former)
-    return pictures, settings
+    order = np.random.default_rng(args.seed).permutation(len(pictures))[: args.num_images]
+    return pictures[torch.from_numpy(np.sort(order))], settings
 
 
 def pictures_to_judge(folder: Path, flag: str, args: argparse.Namespace) -> torch.Tensor:
