@@ -39,8 +39,9 @@ def original_scheduler(**overrides: Any) -> DDPMScheduler:
     return DDPMScheduler(**{**settings, **overrides})
 
 
-# Name → class and its settings. DPM-Solver's authors advise order 3 for unconditional sampling; σ_t² = β_t is right at
-# 1000 steps only, below them the posterior's variance is (Nichol & Dhariwal 2021, section 3.1).
+# Name → class and its settings. DPM-Solver's authors advise order 3 for unconditional sampling, but in Diffusers' third
+# order of the SDE the last term does not vanish with the step, so that has order 2. σ_t² = β_t is right at 1000 steps
+# only, below them the posterior's variance is (Nichol & Dhariwal 2021, section 3.1).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),

@@ -33,6 +33,7 @@ SOLVERS = {
     "dpmsolver++2": "DPM-Solver++ 2",
     "dpmsolver++": "DPM-Solver++ 3",
     "unipc": "UniPC",
+    "sde-dpmsolver++": "SDE-DPM-Solver++ 2",
 }
 MANY_UP_TO = 50  # steps
 
