@@ -39,9 +39,9 @@ def original_scheduler(**overrides: Any) -> DDPMScheduler:
     return DDPMScheduler(**{**settings, **overrides})
 
 
-# Name → class and its settings. DPM-Solver's authors advise order 3 for unconditional sampling, but in Diffusers' third
-# order of the SDE the last term does not vanish with the step, so that has order 2. σ_t² = β_t is right at 1000 steps
-# only, below them the posterior's variance is (Nichol & Dhariwal 2021, section 3.1).
+# Name → class and its settings. DPM-Solver's authors advise order 3 for unconditional sampling; the SDE has order 2,
+# because the last term of its third order in Diffusers does not vanish with the step. σ_t² = β_t is right at 1000
+# steps only, below them the posterior's variance is (Nichol & Dhariwal 2021, section 3.1).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
@@ -49,7 +49,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++2": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 3}),
-    "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_order": 3}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),

@@ -37,6 +37,17 @@ def test_what_the_network_predicts_is_carried_over() -> None:
         assert switch_scheduler(scheduler, name, 10).config.prediction_type == "v_prediction"
 
 
+def test_a_solver_is_the_same_whichever_one_it_takes_the_place_of() -> None:
+    for former in SCHEDULERS:
+        for name in SCHEDULERS:
+            expected = switch_scheduler(original_scheduler(), name)
+            found = switch_scheduler(switch_scheduler(original_scheduler(), former), name)
+            assert type(found) is type(expected)
+            assert {key: found.config[key] for key in expected.config if key != "_use_default_values"} == {
+                key: value for key, value in expected.config.items() if key != "_use_default_values"
+            }, (former, name)
+
+
 def test_an_unknown_name_is_answered_with_the_table() -> None:
     with pytest.raises(ValueError, match=r"scheduler 'dpm\+\+': must be one of ddpm, ddim"):
         switch_scheduler(original_scheduler(), "dpm++")
