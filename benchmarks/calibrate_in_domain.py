@@ -74,7 +74,9 @@ def main() -> int:
     parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args()
 
-    here = SimpleNamespace(reference=args.reference, cache_dir=args.cache_dir, device=torch.device("cpu"))
+    here = SimpleNamespace(
+        reference=args.reference, cache_dir=args.cache_dir, device=torch.device("cpu"), batch_size=64
+    )
     reference = load_reference(here, 64)
     assert reference.held_out is not None, f"{args.reference} has no validation/"
     chosen = torch.randperm(len(reference.held_out), generator=torch.Generator().manual_seed(0))[: args.num_images]

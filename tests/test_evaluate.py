@@ -8,6 +8,7 @@ import runpy
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -498,6 +499,28 @@ def test_the_table_of_solvers_and_steps_goes_on_where_it_was(
     monkeypatch.setattr(sys, "argv", ["quality_vs_steps.py", str(tmp_path / "none"), *map(str, flags[1:])])
     assert exit_code_of(benchmark) == 2
     assert str(tmp_path / "none") in error_line(capsys)
+
+
+# ---- calibration ----
+
+
+def test_the_calibration_measures_every_series_and_the_models(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "calibrate_in_domain.py"))
+    features, recipe = in_domain.in_domain_features, {**in_domain.RECIPE, "train_steps": 5, "train_batch_size": 8}
+    monkeypatch.setitem(
+        benchmark["main"].__globals__, "in_domain_features", lambda *given: features(*given, recipe=recipe)
+    )
+    drawn = save_pictures(tmp_path / "drawn", 10, seed=3)
+    flags = [f"--reference={reference}", "--num_images=10", f"--models={drawn}", f"--cache_dir={tmp_path / 'cache'}"]
+    monkeypatch.setattr(sys, "argv", ["calibrate_in_domain.py", *flags, f"--output_file={tmp_path / 'out.json'}"])
+    assert benchmark["main"]() in (0, 1)  # five updates are too few for the right order
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"]
+    amounts = {name: len(amounts) for name, (_, _, amounts) in benchmark["SERIES"].items()}
+    assert Counter(row["series"] for row in rows) == {"real": 1, "models": 1, **amounts}
+    assert {row["num_pictures"] for row in rows} == {10}
+    assert "in order" in capsys.readouterr().out
 
 
 # ---- ablation ----
