@@ -74,9 +74,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.save_process = False  # a flag of generate
     if args.update_card and not all(Path(args.model, name).is_file() for name in ("model_index.json", "README.md")):
         raise BadInput(f"--update_card: {args.model} is no pipeline's folder with a card; save or download it first")
-    for flag, folder in {"--reference": args.reference, "MODEL": Path(args.model)}.items():
-        is_read = flag == "--reference" or is_folder_of_pictures(args.model)
-        if is_read and args.output_dir.resolve().is_relative_to(folder.resolve()):
+    read = {"--reference": args.reference}
+    if is_folder_of_pictures(args.model):
+        read["MODEL"] = Path(args.model)
+    for flag, folder in read.items():
+        if args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise BadInput(
                 f"--output_dir {args.output_dir}: what is written there would count as {flag}'s; move it out"
             )

@@ -95,9 +95,9 @@ def main() -> None:
     for name in args.variants or all_of_them:
         print(f"---- {name}", flush=True)
         new = measure(train(name, args), args, of_evaluate) | {"full": args.full, "num_pictures": args.num_pictures}
-        results[name] = new
-        comparable = {each for each, row in results.items() if all(row.get(key) == new[key] for key in ALIKE)}
-        results = {each: results[each] for each in VARIANTS if each in comparable}
+        kept = {each: row for each, row in results.items() if all(row.get(key) == new[key] for key in ALIKE)}
+        kept[name] = new
+        results = {each: kept[each] for each in VARIANTS if each in kept}
         write(args, results)  # after every row, so that there is something to look at
     print((args.output_dir / "ablation.md").read_text(encoding="utf-8"))
 

@@ -182,9 +182,8 @@ def test_a_folder_of_pictures_is_judged_like_a_model(reference: Path, tmp_path: 
         assert run(tmp_path / name, reference, tmp_path / f"of {name}") == 0
     alike, bright = (result(tmp_path / f"of {name}") for name in ("alike", "bright"))
     assert alike["num_images"] == 8 and alike["device"]
-    assert (
-        run(tmp_path / "alike", reference, tmp_path / "of alike", "--num_images=6") == 0
-    )  # another number of the same
+    # another number of the same pictures goes on in the same folder
+    assert run(tmp_path / "alike", reference, tmp_path / "of alike", "--num_images=6") == 0
     assert result(tmp_path / "of alike")["num_images"] == 6
     assert alike["in_domain"]["frechet_distance"] < bright["in_domain"]["frechet_distance"]
     assert alike["statistics"]["colour mean"]["passes"]
