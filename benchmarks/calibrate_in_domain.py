@@ -12,13 +12,13 @@ the series a worse set is nearer than a better one.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from animeface_pipeline.cli import BadInput, command
 from animeface_pipeline.dataset import default_cache
 from animeface_pipeline.distances import compute_features
 from animeface_pipeline.evaluate import features_of, load_reference, pictures_to_judge, versions
@@ -65,6 +65,7 @@ SERIES: dict[str, tuple[Worsen, str, list[float]]] = {
 }
 
 
+@command
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="what prepare_dataset wrote")
@@ -82,6 +83,10 @@ def main() -> int:
     chosen = torch.randperm(len(reference.held_out), generator=torch.Generator().manual_seed(0))[: args.num_images]
     held_out = reference.held_out[chosen]
     num_images = len(held_out)
+    drawn = {folder: pictures_to_judge(folder, "--models", here)[:num_images] for folder in args.models}
+    for folder, pictures in drawn.items():
+        if len(pictures) < num_images:
+            raise BadInput(f"--models {folder}: {len(pictures)} pictures, but every set has {num_images}; draw more")
     network = in_domain_features(reference.train, reference.train_sha256, args.cache_dir)
     _, real, weights = features_of(network, held_out, reference, here)
 
@@ -105,10 +110,8 @@ def main() -> int:
         for amount in amounts:
             worse = worsen(held_out.float() / 255, amount, torch.Generator().manual_seed(0))
             measure(series, unit.format(amount), worse.clamp(0, 1).mul(255).round().to(torch.uint8))
-    for folder in args.models:
-        drawn = pictures_to_judge(folder, "--models", here)[:num_images]
-        assert len(drawn) == num_images, f"{folder}: {len(drawn)} pictures"
-        measure("models", folder.name, drawn)
+    for folder, pictures in drawn.items():
+        measure("models", folder.name, pictures)
 
     result = {
         "reference": reference.describe(),
@@ -140,4 +143,4 @@ def check_order(rows: list[dict]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -509,17 +509,21 @@ def test_the_calibration_measures_every_series_and_the_models(
     benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "calibrate_in_domain.py"))
     features, recipe = in_domain.in_domain_features, {**in_domain.RECIPE, "train_steps": 5, "train_batch_size": 8}
     monkeypatch.setitem(
-        benchmark["main"].__globals__, "in_domain_features", lambda *given: features(*given, recipe=recipe)
+        benchmark["check_order"].__globals__, "in_domain_features", lambda *given: features(*given, recipe=recipe)
     )
     drawn = save_pictures(tmp_path / "drawn", 10, seed=3)
     flags = [f"--reference={reference}", "--num_images=10", f"--models={drawn}", f"--cache_dir={tmp_path / 'cache'}"]
     monkeypatch.setattr(sys, "argv", ["calibrate_in_domain.py", *flags, f"--output_file={tmp_path / 'out.json'}"])
-    assert benchmark["main"]() in (0, 1)  # five updates are too few for the right order
+    assert exit_code_of(benchmark) in (0, 1)  # five updates are too few for the right order
     rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"]
     amounts = {name: len(amounts) for name, (_, _, amounts) in benchmark["SERIES"].items()}
     assert Counter(row["series"] for row in rows) == {"real": 1, "models": 1, **amounts}
     assert {row["num_pictures"] for row in rows} == {10}
     assert "in order" in capsys.readouterr().out
+
+    next(drawn.iterdir()).unlink()  # one too few
+    assert exit_code_of(benchmark) == 2
+    assert f"--models {drawn}: 9 pictures" in error_line(capsys)
 
 
 # ---- ablation ----
