@@ -2,8 +2,8 @@
 
     python -m animeface_pipeline.evaluate anime-faces --reference faces-64 --output_dir quality
     python -m animeface_pipeline.evaluate anime-faces --reference faces-64 --output_dir quality --fid
-    python -m animeface_pipeline.evaluate anime-faces --reference faces-64 --output_dir few --scheduler unipc \\
-        --num_inference_steps 20 --num_images 2000
+    python -m animeface_pipeline.evaluate anime-faces --reference faces-64 --output_dir few \\
+        --scheduler sde-dpmsolver++ --num_inference_steps 20 --num_images 2000
     python -m animeface_pipeline.evaluate other-pictures --reference faces-64 --output_dir others
 
 MODEL is a pipeline's folder, its name on the Hub, or a folder of pictures. DIR is what prepare_dataset wrote; its
@@ -77,6 +77,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     read = {"--reference": args.reference}
     if is_folder_of_pictures(args.model):
         read["MODEL"] = Path(args.model)
+        if drawing := [f"--{name}" for name in ("scheduler", "num_inference_steps", "compile") if getattr(args, name)]:
+            raise BadInput(f"{', '.join(drawing)}: {args.model} is a folder of pictures, none is drawn; leave it out")
     for flag, folder in read.items():
         if args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise BadInput(

@@ -257,7 +257,7 @@ def build_page(pipe: AnimeFacePipeline, model: str, folder: Path) -> gr.Blocks:
                         )
                         dice = gr.Button(text("dice"), min_width=120)
                     with gr.Row():
-                        solver = gr.Dropdown(solvers, value="unipc", label=text("solver"), min_width=200)
+                        solver = gr.Dropdown(solvers, value="sde-dpmsolver++", label=text("solver"), min_width=200)
                         steps = gr.Slider(1, MAX_STEPS, 20, step=1, precision=0, label=text("steps"), min_width=200)
                     count = gr.Slider(
                         1, MAX_COUNT, 4, step=1, precision=0, label=text("count"), info=text("count_info")

@@ -214,9 +214,10 @@ class AnimeFacePipeline(DiffusionPipeline):
         Example:
 
         ```py
-        >>> from diffusers import UniPCMultistepScheduler
+        >>> from diffusers import DPMSolverMultistepScheduler
 
-        >>> pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, solver_order=3)
+        >>> solver = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+        >>> pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **solver)
         >>> face = pipe(num_inference_steps=20).images[0]
         ```
         """

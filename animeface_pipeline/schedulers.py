@@ -3,7 +3,7 @@
 ```py
 >>> from animeface_pipeline.schedulers import original_scheduler, switch_scheduler
 
->>> scheduler = switch_scheduler(original_scheduler(), "unipc")
+>>> scheduler = switch_scheduler(original_scheduler(), "sde-dpmsolver++")
 ```
 """
 

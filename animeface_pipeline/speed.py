@@ -111,7 +111,7 @@ def speed_up(
     >>> from animeface_pipeline.schedulers import switch_scheduler
 
     >>> pipe = speed_up(pipe)
-    >>> pipe.scheduler = switch_scheduler(pipe.scheduler, "unipc")
+    >>> pipe.scheduler = switch_scheduler(pipe.scheduler, "sde-dpmsolver++")
     >>> images = pipe(batch_size=16, num_inference_steps=20).images
     ```
     """

@@ -79,7 +79,8 @@ def main() -> int:
         reference=args.reference, cache_dir=args.cache_dir, device=torch.device("cpu"), batch_size=64
     )
     reference = load_reference(here, 64)
-    assert reference.held_out is not None, f"{args.reference} has no validation/"
+    if reference.held_out is None:
+        raise BadInput(f"--reference {args.reference}: has no validation/; give what prepare_dataset wrote")
     chosen = torch.randperm(len(reference.held_out), generator=torch.Generator().manual_seed(0))[: args.num_images]
     held_out = reference.held_out[chosen]
     num_images = len(held_out)

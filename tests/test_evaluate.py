@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -57,11 +58,12 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(model: Path, reference: Path, output_dir: Path, *flags: object) -> int:
-    """The command's exit code; eight pictures of three steps unless `flags` say otherwise."""
+    """The command's exit code; eight pictures, if they are drawn in three steps, unless `flags` say otherwise."""
     paths = [str(model), f"--reference={reference}", f"--output_dir={output_dir}"]
     paths.append(f"--cache_dir={reference.parent / 'cache'}")
+    steps = ["--num_inference_steps=3"] if (model / "model_index.json").is_file() else []
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([*paths, "--num_images=8", "--num_inference_steps=3", *map(str, flags)])
+        evaluate.main([*paths, "--num_images=8", *steps, *map(str, flags)])
     return exit.value.code
 
 
@@ -188,6 +190,15 @@ def test_a_folder_of_pictures_is_judged_like_a_model(reference: Path, tmp_path: 
     assert alike["in_domain"]["frechet_distance"] < bright["in_domain"]["frechet_distance"]
     assert alike["statistics"]["colour mean"]["passes"]
     assert not bright["statistics"]["colour mean"]["passes"]
+
+
+def test_flags_that_draw_are_refused_for_a_folder_of_pictures(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    faces = save_pictures(tmp_path / "faces", 8, seed=2)
+    assert run(faces, reference, tmp_path / "out", "--scheduler=unipc", "--num_inference_steps=3") == 2
+    assert f"--scheduler, --num_inference_steps: {faces} is a folder of pictures" in error_line(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_of_a_folder_that_generate_wrote_the_grid_is_left_out(model: Path, reference: Path, tmp_path: Path) -> None:
@@ -524,6 +535,10 @@ def test_the_calibration_measures_every_series_and_the_models(
     next(drawn.iterdir()).unlink()  # one too few
     assert exit_code_of(benchmark) == 2
     assert f"--models {drawn}: 9 pictures" in error_line(capsys)
+
+    shutil.rmtree(reference / "validation")
+    assert exit_code_of(benchmark) == 2
+    assert f"--reference {reference}: has no validation/" in error_line(capsys)
 
 
 # ---- ablation ----

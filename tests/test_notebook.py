@@ -51,6 +51,6 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path: Path, monke
     assert len(pictures) == 4  # three grids and the strips
     printed = "".join(output.get("text", "") for output in cells[-1].outputs)
     assert re.search(r"/user/animeface-quickstart/commit/[0-9a-f]{40}\n", printed)
-    assert "pulled again, with its UniPCMultistepScheduler" in printed
+    assert "pulled again, with its DPMSolverMultistepScheduler" in printed
     repo = hub.repo("user/animeface-quickstart")
     assert repo.private and "unet/diffusion_pytorch_model.safetensors" in hub.files("user/animeface-quickstart")
