@@ -84,16 +84,8 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
         raise BadInput("give either --train_data_dir, a folder of pictures, or --dataset_name, a data set on the Hub")
     try:
         if folder is not None:
-            if not Path(folder).is_dir():
-                raise BadInput(f"--train_data_dir {folder}: no such folder")
-            has_splits = Path(folder, "train").is_dir()
-            if split != "train" and not (has_splits and Path(folder, split).is_dir()):
-                raise NoSuchSplit(f"--train_data_dir {folder}: has no folders train and {split}")
-            base = Path(folder, split) if has_splits else Path(folder)
-            # Named by us: left alone, `datasets` would take a file named test_1.png for the test split.
-            loaded = datasets.load_dataset(
-                "imagefolder", data_files={split: f"{base.resolve()}/**"}, split=split, drop_labels=True
-            )
+            files = files_of(folder, split)
+            loaded = datasets.load_dataset("imagefolder", data_files=files, split=split, drop_labels=True)
         else:
             splits = datasets.load_dataset(dataset_name, config_name)
             if split not in splits and split != "train":
@@ -104,6 +96,17 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
     except Exception as error:  # `datasets` raises a dozen kinds for "there is nothing here that I can read"
         raise explain_unreadable(folder, dataset_name, error) from error
     return picture_column(loaded, dataset_name)
+
+
+def files_of(folder: str, split: str) -> dict[str, str]:
+    """A folder's pictures as `data_files`. Left alone, `datasets` would take a file test_1.png for the test split."""
+    if not Path(folder).is_dir():
+        raise BadInput(f"--train_data_dir {folder}: no such folder")
+    has_splits = Path(folder, "train").is_dir()
+    if split != "train" and not (has_splits and Path(folder, split).is_dir()):
+        raise NoSuchSplit(f"--train_data_dir {folder}: has no folders train and {split}")
+    base = Path(folder, split) if has_splits else Path(folder)
+    return {split: f"{base.resolve()}/**"}
 
 
 def explain_unreadable(folder: str | None, dataset_name: str | None, error: Exception) -> BadInput:

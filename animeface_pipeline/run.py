@@ -148,6 +148,7 @@ class Run:
             self.first_step = self.folder.resume(which)
         if self.accelerator.is_main_process:
             self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir and which is None)
+        self.folder.check_shared()
         on_main_process(self.accelerator, self.start_trackers)
         self.accelerator.wait_for_everyone()
 

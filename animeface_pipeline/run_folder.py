@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
 
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+NOT_SHARED = "is not one folder for all processes; choose one that all machines share"
+SEEN_WITHIN = 90  # seconds, in which a network's file system shows what another machine wrote
 
 
 class RunFolder:
@@ -80,6 +83,14 @@ class RunFolder:
         self.manifest["recipe"] = recipe
         self.manifest.setdefault("run_id", secrets.token_hex(4))  # by which trackers know it again
         self.wrote(["run.json", "log.jsonl"])
+
+    def check_shared(self) -> None:
+        """Refuse a folder that not all processes see, because a checkpoint has a part of each. To be called by all."""
+        deadline = time.monotonic() + SEEN_WITHIN
+        while not (seen := (self.path / "run.json").is_file()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if not all(gather_object([seen])):
+            raise BadInput(f"--output_dir {self.path}: {NOT_SHARED}")
 
     def release(self) -> None:
         if self.lock.is_locked:
@@ -183,6 +194,8 @@ class RunFolder:
     def resume(self, which: str) -> int:
         """Load the checkpoint `latest`, or the named one; returns the updates done, 0 if there is none."""
         folder = self._whole_checkpoint(which)
+        if len(set(gather_object([folder and folder.name]))) > 1:
+            raise BadInput(f"--output_dir {self.path}: {NOT_SHARED}")
         if folder is None:
             self.accelerator.print(f"{self.path}: no whole checkpoint yet, starting from the beginning")
             return 0

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from .cli import BadInput
 from .config import TrainingConfig
-from .dataset import Batches, NoSuchSplit, explain_unreadable, picture_column, stream_seed, to_pixels
+from .dataset import Batches, NoSuchSplit, explain_unreadable, files_of, picture_column, stream_seed, to_pixels
 
 BLOCK_SIZE = 4096  # pictures of one process: 50 MB at 64×64
 STEPS_OF_UNKNOWN_EPOCH = 1000  # what counts as an epoch, for grids and the log, when nobody knows how many there are
@@ -142,9 +142,12 @@ def open_stream(config: TrainingConfig, split: str) -> Any:
 
     try:
         if config.train_data_dir is not None:
-            splits = datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, streaming=True)
+            files = files_of(config.train_data_dir, split)
+            splits = datasets.load_dataset("imagefolder", data_files=files, streaming=True, drop_labels=True)
         else:
             splits = datasets.load_dataset(config.dataset_name, config.dataset_config_name, streaming=True)
+    except BadInput:
+        raise
     except Exception as error:  # `datasets` raises a dozen kinds for "there is nothing here that I can read"
         raise explain_unreadable(config.train_data_dir, config.dataset_name, error) from error
     if split not in splits and split != "train":

@@ -21,6 +21,17 @@ LAUNCHERS = {
 }
 
 
+OWN_FOLDER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import animeface_pipeline.run_folder as run_folder, train_accelerate
+run_folder.SEEN_WITHIN = 1
+os.makedirs(os.path.join({folder!r}, os.environ["RANK"]), exist_ok=True)
+os.chdir(os.path.join({folder!r}, os.environ["RANK"]))
+train_accelerate.main(sys.argv[1:])
+"""
+
+
 def run(trainer: Trainer, how: str, *flags: object) -> str:
     process = trainer.start(*flags, **LAUNCHERS[how])
     printed, _ = process.communicate(timeout=200)
@@ -78,6 +89,22 @@ def test_two_processes_go_on_when_one_of_them_cannot_save(tmp_path: Path) -> Non
     assert "checkpoint-4 (" in printed and "going on, and trying again later" in printed
     saved = {path.name for path in trainer.output.glob("checkpoint-*")}
     assert saved == {"checkpoint-2", "checkpoint-7", "checkpoint-8"}  # 3 to 6 failed; 7 is the first that could be
+
+
+def test_machines_that_do_not_share_the_output_folder_are_told_so(tmp_path: Path) -> None:
+    program = tmp_path / "own_folder.py"
+    program.write_text(OWN_FOLDER.format(root=str(ROOT), folder=str(tmp_path)), encoding="utf-8")
+    trainer = Trainer(tmp_path, max_train_steps=2)
+
+    def refused(*flags: object) -> str:
+        process = trainer.start(*flags, program=program, **LAUNCHERS["DDP"])
+        printed, _ = process.communicate(timeout=200)
+        assert process.returncode != 0
+        return next(line for line in printed.splitlines() if line.startswith("error: "))
+
+    assert "is not one folder for all processes" in refused("--output_dir", "out")
+    assert trainer("--output_dir", tmp_path / "0" / "half") == 0  # checkpoints that only one of them has
+    assert "is not one folder" in refused("--output_dir", "half", "--resume_from_checkpoint", "latest")
 
 
 def test_of_two_processes_one_refuses_bad_input_for_both(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from trainer import Trainer
 
 from animeface_pipeline import streaming
 from animeface_pipeline.config import parse_args
+from animeface_pipeline.dataset import NoSuchSplit
 from animeface_pipeline.draw_faces import draw_face
 from animeface_pipeline.streaming import StreamedBatches, build_streamed_batches
 
@@ -109,9 +110,16 @@ def test_a_broken_picture_in_a_stream_is_named_and_another_takes_its_place(
     assert "validation_loss" in trainer.log()[-1]
 
 
-def test_an_image_folder_can_be_streamed_too(tmp_path: Path) -> None:
+def test_an_image_folder_can_be_streamed_too_whatever_its_files_are_called(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path)
+    (trainer.faces / "hair").mkdir()
+    for name in ("eval_1.png", "hair/test-2.png"):  # by which `datasets` would tell splits
+        (trainer.faces / name).write_bytes(png(20))
     assert trainer("--streaming", "--max_train_steps", 2) == 0
+    config = parse_args([*trainer.argv(), "--streaming"], description="")
+    assert len(list(streaming.open_stream(config, "train"))) == 12
+    with pytest.raises(NoSuchSplit, match="no folders train and validation"):
+        streaming.open_stream(config, "validation")
 
 
 def test_a_stream_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -120,6 +128,7 @@ def test_a_stream_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.Capt
     for flags, said in (
         ((), "say how many updates with --max_train_steps"),
         (("--dataset_name", empty, "--max_train_steps", 2), "cannot be read"),
+        (("--train_data_dir", tmp_path / "none", "--max_train_steps", 2), "no such folder"),
     ):
         assert trainer("--streaming", *flags) == 2
         printed = capsys.readouterr().err
