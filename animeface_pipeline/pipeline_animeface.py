@@ -191,7 +191,7 @@ class AnimeFacePipeline(DiffusionPipeline):
                 whatever else is in the batch; with CPU generators also whatever the device.
             num_inference_steps (`int`, *optional*, defaults to `1000`):
                 Denoising steps, at most the scheduler's `num_train_timesteps`. The original's `DDPMScheduler` is
-                right at 1000; for fewer swap the scheduler: SDE-DPM-Solver++ for 10 to 50, UniPC for 5 to 10
+                right at 1000; for fewer swap the scheduler: SDE-DPM-Solver++ for 10 to 50, UniPC for fewer
                 (docs/quality.md).
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` for `PIL.Image`, `"np"` for an array `(batch_size, height, width, 3)`, `"pt"` for a tensor
