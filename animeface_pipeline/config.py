@@ -132,6 +132,10 @@ class TrainingConfig:
         low, high = self.value_range
         if not -float("inf") < low < high < float("inf"):
             raise BadInput(f"--value_range {low} {high}: must be two finite numbers, the smaller one first")
+        if self.resume_from_checkpoint is not None and self.overwrite_output_dir:
+            raise BadInput(
+                "--overwrite_output_dir: removes what --resume_from_checkpoint goes on from; give one of them"
+            )
         if self.torch_compile in CUDA_GRAPHS and self.gradient_accumulation_steps > 1:
             raise BadInput(
                 f"--torch_compile {self.torch_compile}: its CUDA graphs overwrite the gradients that"

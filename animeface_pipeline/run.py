@@ -35,7 +35,16 @@ from .run_folder import WRITE_ERRORS, RunFolder
 from .speed import choose_fast_settings, imitates_bf16, keep_freed_memory
 from .streaming import StreamedBatches
 from .trackers import chosen_trackers, report_pictures, start_trackers
-from .training import EMA, Meter, averaged_weights, memory_gib, sample_grid, unused_gpu, with_weights
+from .training import (
+    EMA,
+    Meter,
+    averaged_weights,
+    memory_gib,
+    sample_grid,
+    settings_over_state,
+    unused_gpu,
+    with_weights,
+)
 from .validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 50  # fp16 skips its first updates while it looks for a loss scale
@@ -145,9 +154,16 @@ class Run:
         """Open the output folder; go on from a checkpoint if the config says so and there is one."""
         which = self.config.resume_from_checkpoint
         if which is not None:
+            on_main_process(self.accelerator, lambda: self.folder.check_recipe(self.config.recipe_values()))
             self.first_step = self.folder.resume(which)
+            settings_over_state(self.config, self.lr_scheduler, self.ema)
+        if self.first_step > self.total_steps:
+            raise BadInput(
+                f"--max_train_steps {self.total_steps}: {self.first_step} updates are done already; take more"
+            )
         if self.accelerator.is_main_process:
-            self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir and which is None)
+            self.folder.forget_after(self.first_step)
+            self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir)
         self.folder.check_shared()
         on_main_process(self.accelerator, self.start_trackers)
         self.accelerator.wait_for_everyone()
@@ -180,11 +196,13 @@ class Run:
         done = step + 1
         is_last, config = done == self.total_steps, self.config
         validated = self.validate() if done % config.validation_steps == 0 or is_last else {}
-        if done % config.logging_steps == 0 or is_last or validated:
+        is_grid = done % (config.save_images_epochs * self.batches.steps_per_epoch) == 0 or is_last
+        if done % config.logging_steps == 0 or is_grid or validated:  # a grid shows the curves too
             self.log(done, grad_norm, validated)
-        if done % (config.save_images_epochs * self.batches.steps_per_epoch) == 0 or is_last:
+        if is_grid:
             self.draw(done)
-        if done % config.checkpointing_steps == 0 or (self.save_again and done % config.logging_steps == 0):
+        again = self.save_again and done % config.logging_steps == 0
+        if done % config.checkpointing_steps == 0 or is_last or again:
             with self.not_training():
                 self.save_again = not self.folder.save_checkpoint(done, config.checkpoints_total_limit)
         # With several processes all must agree, and asking makes them wait for each other.
@@ -281,14 +299,21 @@ class Run:
             self.draw(self.total_steps)
         with averaged_weights(self.unet, self.ema):
             weights = self.accelerator.get_state_dict(self.unet)  # of all processes, if they share them out
-            if self.accelerator.is_main_process:
-                pipeline = with_weights(self.pipeline, weights)
-                self.folder.save_pipeline(pipeline, render_card(pipeline, self.summary(), self.last_grid))
-        self.accelerator.wait_for_everyone()
+            on_main_process(self.accelerator, lambda: self.save_pipeline(weights))
         self.accelerator.print(f"the pipeline is in {self.folder.path}")
         if not self.config.push_to_hub or not self.accelerator.is_main_process:
             return EXIT_DONE
         return push_or_explain(self.folder.path, hub_model_id(self.config), self.config.hub_private_repo)
+
+    def save_pipeline(self, weights: dict[str, torch.Tensor]) -> None:
+        pipeline = with_weights(self.pipeline, weights)
+        try:
+            self.folder.save_pipeline(pipeline, render_card(pipeline, self.summary(), self.last_grid))
+        except WRITE_ERRORS as error:
+            raise BadInput(
+                f"--output_dir {self.folder.path}: the pipeline cannot be saved ({str(error).splitlines()[0]}); make"
+                " room, and the same command with --resume_from_checkpoint latest saves it"
+            ) from error
 
     def summary(self) -> TrainingSummary:
         """What the card tells of this run: no paths, they are nobody's business."""

@@ -1,12 +1,13 @@
 """The output folder of a run: who may write to it, what we wrote there, its log, its grids and its checkpoints."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 NOT_SHARED = "is not one folder for all processes; choose one that all machines share"
+FITS_THE_STATE = ("unet", "resolution", "value_range", "prediction_type", "use_ema")  # what a resumed run must keep
 SEEN_WITHIN = 90  # seconds, in which a network's file system shows what another machine wrote
 
 
@@ -128,12 +130,22 @@ class RunFolder:
     # ---- log, grids, pipeline: by the main process ----
 
     def log(self, entry: dict[str, Any]) -> None:
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        line = json.dumps(entry).encode() + b"\n"
+        with open(self.path / "log.jsonl", "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read_log(self) -> list[dict[str, Any]]:
+        return [entry for _, entry in self._log_lines()]
+
+    def _log_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Each line and what it says, without those that a crash of the machine left unreadable."""
         log = self.path / "log.jsonl"
-        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+        for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
+            with suppress(ValueError):
+                yield line, json.loads(line)
 
     def save_pictures(self, pictures: dict[str, bytes]) -> None:
         """Write PNGs by name."""
@@ -163,9 +175,7 @@ class RunFolder:
 
         def publish() -> None:
             sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-            log = self.path / "log.jsonl"
-            state = {"step": step, "files": sizes, "log_bytes": log.stat().st_size if log.exists() else 0}
-            write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
+            write_aside(aside / "checkpoint.json", json.dumps({"step": step, "files": sizes}, indent=2).encode())
             shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
             os.replace(aside, self.path / name)
             self.wrote([name])
@@ -196,15 +206,40 @@ class RunFolder:
         folder = self._whole_checkpoint(which)
         if len(set(gather_object([folder and folder.name]))) > 1:
             raise BadInput(f"--output_dir {self.path}: {NOT_SHARED}")
+        step = 0
         if folder is None:
             self.accelerator.print(f"{self.path}: no whole checkpoint yet, starting from the beginning")
-            return 0
-        state = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        self.accelerator.load_state(str(folder))
-        if self.accelerator.is_main_process and (self.path / "log.jsonl").exists():
-            os.truncate(self.path / "log.jsonl", state["log_bytes"])
-        self.accelerator.print(f"going on from {folder}, {state['step']} updates done")
-        return state["step"]
+        else:
+            step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
+            try:
+                self.accelerator.load_state(str(folder))
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise BadInput(f"--resume_from_checkpoint {folder}: is of another network ({reason})") from error
+            self.accelerator.print(f"going on from {folder}, {step} updates done")
+        return step
+
+    def forget_after(self, step: int) -> None:
+        """Drop the log's lines and the checkpoints beyond the update that the run goes on from."""
+        if (self.path / "log.jsonl").exists():
+            kept = b"".join(line for line, entry in self._log_lines() if entry["step"] <= step)
+            write_aside(self.path / "log.jsonl", kept)
+        for later in self.checkpoints():
+            if _step_of(later) > step:
+                print(f"removing {later}: the run goes on from before it")
+                shutil.rmtree(later, ignore_errors=True)
+
+    def check_recipe(self, recipe: dict[str, Any]) -> None:
+        """Compare with the recipe that the run began with: refuse what its state cannot take, tell of the rest."""
+        before, now = _flat(self.manifest.get("recipe", {})), _flat(json.loads(json.dumps(recipe)))
+        for key in (key for key in now if key in before and now[key] != before[key]):
+            change = f"{before[key]} when the run began, now {now[key]}"
+            if key.split(".")[0] in FITS_THE_STATE:
+                raise BadInput(
+                    f"--resume_from_checkpoint: {key} was {change}; give the recipe that the run began with, or"
+                    " another --output_dir"
+                )
+            print(f"{key}: {change}")
 
     def _whole_checkpoint(self, which: str) -> Path | None:
         if which != "latest":
@@ -220,7 +255,17 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         folders = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        return sorted(folders, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The network's arguments as keys of their own, `unet.block_out_channels`."""
+    network = {f"unet.{key}": value for key, value in recipe.get("unet", {}).items()}
+    return {key: value for key, value in recipe.items() if key != "unet"} | network
 
 
 def _incomplete(folder: Path) -> str | None:

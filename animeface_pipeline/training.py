@@ -131,14 +131,7 @@ def build_optimizer(
     config: TrainingConfig, unet: torch.nn.Module, total_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW (with weight decay 0: Adam) in its fused form, which can skip an update without waiting for the GPU."""
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, **adam_settings(config), fused=True)
     name = config.lr_scheduler
     if name == "constant" and config.lr_warmup_steps > 0:
         name = "constant_with_warmup"
@@ -146,6 +139,25 @@ def build_optimizer(
         name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
     )
     return optimizer, lr_scheduler
+
+
+def adam_settings(config: TrainingConfig) -> dict[str, Any]:
+    return {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+
+
+def settings_over_state(config: TrainingConfig, lr_scheduler: Any, ema: "EMA | None") -> None:
+    """Loading a checkpoint brings its settings back too; the command's go over them."""
+    lr_scheduler.base_lrs = [config.learning_rate]
+    factor = lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
+    rates = {"initial_lr": config.learning_rate, "lr": config.learning_rate * factor}
+    for group in lr_scheduler.optimizer.param_groups:
+        group.update(adam_settings(config) | rates)
+    if ema is not None:
+        ema.decay, ema.inv_gamma, ema.power = config.ema_max_decay, config.ema_inv_gamma, config.ema_power
 
 
 class EMA(EMAModel):

@@ -143,3 +143,10 @@ def test_curves_show_what_there_is(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{number}.png") as picture:
             sizes.append(picture.height)
     assert sizes[0] < sizes[1]  # one panel; two rows of them
+
+
+def test_a_grid_before_the_first_line_of_the_log_brings_one(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, logging_steps=100, max_train_steps=7, save_images_epochs=1)
+    assert trainer() == 0
+    assert [entry["step"] for entry in trainer.log()] == [3, 6, 7]
+    assert (trainer.output / "curves.png").is_file()

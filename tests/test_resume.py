@@ -146,6 +146,79 @@ def test_latest_skips_an_incomplete_checkpoint_and_says_so(tmp_path: Path, capsy
     assert [entry["step"] for entry in trainer.log()] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = trainer_for(tmp_path, 6, num_epochs=10)
+    assert trainer() == 0
+    assert trainer("--resume_from_checkpoint", "checkpoint-4", "--max_train_steps", 5) == 0
+    assert f"removing {trainer.output / 'checkpoint-6'}" in capsys.readouterr().out
+    assert [entry["step"] for entry in trainer.log()] == [1, 2, 3, 4, 5]
+    assert trainer(*RESUME) == 0
+    assert "checkpoint-5, 5 updates done" in capsys.readouterr().out
+    assert [entry["step"] for entry in trainer.log()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        (("--value_range", 0, 1), "value_range"),
+        (("--prediction_type", "v_prediction"), "prediction_type"),
+        (("--no-use_ema",), "use_ema"),
+        (("--resolution", 32), "resolution"),
+    ],
+)
+def test_a_setting_that_the_state_cannot_take_is_refused(
+    flags: tuple, key: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = trainer_for(tmp_path, 2)
+    assert trainer() == 0
+    before = sorted(path.name for path in trainer.output.rglob("*"))
+    assert trainer(*flags, "--max_train_steps", 4, *RESUME) == 2
+    assert f"--resume_from_checkpoint: {key} was" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in trainer.output.rglob("*")) == before
+
+
+def test_other_settings_take_effect_from_there_on_and_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import animeface_pipeline.run as run
+
+    trainer = trainer_for(tmp_path, 4, lr_scheduler="constant", num_epochs=10)
+    assert trainer("--max_train_steps", 2) == 0
+    assert trainer.log()[-1]["learning_rate"] == 1e-3
+    seen = []
+    over_state = run.settings_over_state
+
+    def spy(config: object, lr_scheduler: object, ema: object) -> None:
+        over_state(config, lr_scheduler, ema)
+        seen.append((lr_scheduler.optimizer.param_groups[0], ema.decay))
+
+    monkeypatch.setattr(run, "settings_over_state", spy)
+    flags = ("--learning_rate", 5e-4, "--adam_beta2", 0.9, "--ema_max_decay", 0.5)
+    assert trainer(*flags, *RESUME) == 0
+    assert "learning_rate: 0.001 when the run began, now 0.0005" in capsys.readouterr().out
+    assert [entry["learning_rate"] for entry in trainer.log()] == [5e-4, 1e-3, 5e-4, 5e-4]  # the first is warm-up
+    ((group, decay),) = seen
+    assert group["betas"] == (0.9, 0.9) and decay == 0.5
+
+
+def test_fewer_updates_than_are_done_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trainer = trainer_for(tmp_path, 4)
+    assert trainer() == 0
+    assert trainer("--max_train_steps", 3, *RESUME) == 2
+    assert "--max_train_steps 3: 4 updates are done already" in capsys.readouterr().err
+
+
+def test_an_unreadable_line_of_the_log_is_left_out(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, 6, num_epochs=10)
+    assert trainer("--max_train_steps", 4) == 0
+    with (trainer.output / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": 5, "lo' + bytes(100))
+    assert trainer(*RESUME) == 0
+    assert [entry["step"] for entry in trainer.log()] == [1, 2, 3, 4, 5, 6]
+
+
 # ---- stopping in order ----
 
 
@@ -259,3 +332,19 @@ def test_a_full_disk_keeps_the_last_checkpoint_goes_on_and_tries_again(tmp_path:
     saved = {path.name for path in trainer.output.glob("checkpoint-*")}
     assert saved == {"checkpoint-2", "checkpoint-7", "checkpoint-8"}  # 3 to 6 failed; 7 is the first that could be
     assert [entry["step"] for entry in trainer.log()] == list(range(1, 9))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, 8, num_epochs=100, save_images_epochs=100)
+    program = str(Path(__file__).resolve().parent.parent)
+    full = FULL_DISK.replace("2 <= step < 6", "step == 7").replace("60_000", "200")
+    ran = subprocess.run(
+        [sys.executable, "-c", full, program, *trainer.argv()], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert "the pipeline cannot be saved" in ran.stderr.splitlines()[-1] and "Traceback" not in ran.stderr
+    assert [entry["step"] for entry in trainer.log()] == list(range(1, 8))
+    assert trainer(*RESUME) == 0
+    assert [entry["step"] for entry in trainer.log()] == list(range(1, 9))
+    assert (trainer.output / "model_index.json").is_file()
