@@ -3,6 +3,7 @@ and any later run can make again, because all that is random in them comes from 
 """
 
 import dataclasses
+import glob
 import hashlib
 import io
 import json
@@ -16,13 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from .cli import BadInput
+from .picture_rules import square, to_rgb
 
 MAX_PIXELS = 100_000_000  # a picture that claims more is refused before it is decoded
-CACHE_VERSION = 1  # counted up when the decoding below changes
+# For `datasets`: folders are no classes, and a file metadata.jsonl does not say which pictures there are.
+PICTURES_ONLY = {"drop_labels": True, "drop_metadata": True}
+ONE_SOURCE = "give either --train_data_dir, a folder of pictures, or --dataset_name, a data set on the Hub"
+NO_PICTURE: dict[str, Any] = {"path": None, "bytes": b""}  # a row of a data set may be empty
+CACHE_VERSION = 2  # counted up when the decoding below changes
 
 
 # ---- from files to a uint8 cache ----
@@ -66,11 +72,13 @@ def load_pictures(
     root = Path(cache_dir) if cache_dir else default_cache()
     folder = root / f"{Path(name).name}-{split}-{resolution}-{_fingerprint(rows, resolution)}"
     if not (folder / "index.json").is_file():
+        if train_data_dir is not None and (others := _other_files(train_data_dir, split, rows)):
+            print(f"{name}: left out {len(others)} files whose names do not end as pictures' do: {_shown(others)}")
         _decode_all(rows, folder, resolution, name, show_progress)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     if index["skipped"]:
-        shown = "; ".join(index["skipped"][:5])
-        print(f"{name}: skipped {len(index['skipped'])} pictures that cannot be decoded: {shown}")
+        skipped = index["skipped"]
+        print(f"{name}: skipped {len(skipped)} pictures that cannot be decoded: {_shown(skipped)}")
     shape = (index["num_pictures"], 3, resolution, resolution)
     return torch.from_numpy(np.memmap(folder / "pictures.uint8", np.uint8, mode="c", shape=shape))
 
@@ -81,11 +89,11 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
 
     datasets.disable_progress_bars()
     if (folder is None) == (dataset_name is None):
-        raise BadInput("give either --train_data_dir, a folder of pictures, or --dataset_name, a data set on the Hub")
+        raise BadInput(ONE_SOURCE)
     try:
         if folder is not None:
             files = files_of(folder, split)
-            loaded = datasets.load_dataset("imagefolder", data_files=files, split=split, drop_labels=True)
+            loaded = datasets.load_dataset("imagefolder", data_files=files, split=split, **PICTURES_ONLY)
         else:
             splits = datasets.load_dataset(dataset_name, config_name)
             if split not in splits and split != "train":
@@ -106,7 +114,22 @@ def files_of(folder: str, split: str) -> dict[str, str]:
     if split != "train" and not (has_splits and Path(folder, split).is_dir()):
         raise NoSuchSplit(f"--train_data_dir {folder}: has no folders train and {split}")
     base = Path(folder, split) if has_splits else Path(folder)
-    return {split: f"{base.resolve()}/**"}
+    return {split: f"{glob.escape(str(base.resolve()))}/**"}
+
+
+def _other_files(folder: str, split: str, rows: Any) -> list[str]:
+    """What lies among a folder's pictures without being read; hidden files aside."""
+    base = Path(folder, split) if Path(folder, "train").is_dir() else Path(folder)
+    read = {Path(row["path"]) for row in rows.with_format(None)["image"]}
+    return sorted(
+        path.relative_to(base).as_posix()
+        for path in base.resolve().rglob("[!.]*")
+        if path.is_file() and path not in read
+    )
+
+
+def _shown(names: list[str]) -> str:
+    return "; ".join(names[:5]) + ("; …" if len(names) > 5 else "")
 
 
 def explain_unreadable(folder: str | None, dataset_name: str | None, error: Exception) -> BadInput:
@@ -136,8 +159,10 @@ def _fingerprint(rows: Any, resolution: int) -> str:
     """Changes when a file is added, removed or rewritten, when the resolution changes, or the decoding."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {resolution} {len(rows)}".encode())
     for row in rows.with_format(None)["image"]:
-        path = row["path"]
-        if row["bytes"] is None:
+        path = row and row["path"]
+        if row is None:
+            digest.update(b"no picture")
+        elif row["bytes"] is None:
             stat = os.stat(path)
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
         else:
@@ -152,7 +177,7 @@ def _decode_all(rows: Any, folder: Path, resolution: int, name: str, show_progre
     try:
         skipped, count = [], 0
         with open(aside / "pictures.uint8", "wb") as file, ThreadPoolExecutor() as threads:
-            decoded = threads.map(lambda image: _decode(image, resolution), _in_chunks(rows))
+            decoded = threads.map(lambda chunk: _decode(chunk[0], chunk[1], resolution), _in_chunks(rows))
             for chunk in tqdm(decoded, f"decoding {name}", -(-len(rows) // 256), disable=not show_progress):
                 for path, result in chunk:
                     if isinstance(result, str):
@@ -170,15 +195,16 @@ def _decode_all(rows: Any, folder: Path, resolution: int, name: str, show_progre
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _in_chunks(rows: Any, size: int = 256) -> Iterator[list[dict]]:
+def _in_chunks(rows: Any, size: int = 256) -> Iterator[tuple[int, list[dict | None]]]:
     for start in range(0, len(rows), size):
-        yield rows[start : start + size]["image"]
+        yield start, rows[start : start + size]["image"]
 
 
-def _decode(images: list[dict], resolution: int) -> list[tuple[str, bytes | str]]:
+def _decode(start: int, images: list[dict | None], resolution: int) -> list[tuple[str, bytes | str]]:
     """Each picture as (path, its pixels channels first) or (path, why not)."""
     results: list[tuple[str, bytes | str]] = []
-    for number, image in enumerate(images):
+    for number, row in enumerate(images, start):
+        image = row or NO_PICTURE
         path = image["path"] or f"picture {number}"
         try:
             results.append((path, to_pixels(io.BytesIO(image["bytes"]) if image["bytes"] else path, resolution)))
@@ -188,19 +214,15 @@ def _decode(images: list[dict], resolution: int) -> list[tuple[str, bytes | str]
 
 
 def to_pixels(file: Any, resolution: int) -> bytes:
-    """Decode one picture: upright, RGB (over white), resized and cropped to a square; uint8, channels first."""
+    """Decode one picture: upright, on white, 8-bit sRGB, cropped to a square and resized; uint8, channels first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we refuse them ourselves
         picture: Image.Image = Image.open(file)
     with picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width}×{picture.height} pixels, more than {MAX_PIXELS:,}")
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        square = ImageOps.fit(picture.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(square).transpose(2, 0, 1).tobytes()
+        pixels = np.asarray(square(to_rgb(picture), resolution))
+    return pixels.transpose(2, 0, 1).tobytes()
 
 
 # ---- from the cache to batches ----

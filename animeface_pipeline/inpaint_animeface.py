@@ -59,13 +59,14 @@ class AnimeFaceInpaintPipeline(AnimeFacePipeline):
                 network's size with values in [0, 1].
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of these):
                 White, from one half on, is redrawn; black is kept. One for all pictures, or one for each: pictures of
-                any size, arrays `(batch_size, height, width)`, tensors `(batch_size, 1, height, width)`.
+                any size, arrays `(batch_size, height, width)`, tensors `(batch_size, 1, height, width)`, of bools,
+                floats in [0, 1] or uint8 up to 255.
             num_inference_steps (`int`, *optional*, defaults to `250`): Denoising steps, without those taken again.
             jump_length (`int`, *optional*, defaults to `10`):
                 How many steps back towards noise a jump goes, and how far apart the places are where it is done.
             jump_n_sample (`int`, *optional*, defaults to `10`):
                 How often each stretch of `jump_length` steps is denoised; 1 for no jumps. In all the network is called
-                `len(resampling_levels(...))` times less the jumps: 2410 times with these defaults.
+                `len(resampling_levels(...)) - 1` times less the jumps: 2410 times with these defaults.
             generator, output_type, return_dict, callback_on_step_end_tensor_inputs (*optional*):
                 As in [`AnimeFacePipeline.__call__`].
             callback_on_step_end (`Callable`, *optional*):
@@ -128,15 +129,18 @@ class AnimeFaceInpaintPipeline(AnimeFacePipeline):
     def preprocess_mask(self, mask_image: Any) -> torch.Tensor:
         """Masks as in [`~AnimeFaceInpaintPipeline.__call__`] → `(batch_size, 1, height, width)`, true in white."""
         size = self.unet.config.sample_size
-        if isinstance(mask_image, (list, tuple)) and not mask_image:
-            raise ValueError("mask_image: an empty list")
         processor = VaeImageProcessor(
-            do_resize=False, vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+            do_resize=False, vae_scale_factor=1, do_normalize=False, do_convert_grayscale=True
         )
-        mask = processor.preprocess(fit_pictures(mask_image, size, "L"))
+        mask = processor.preprocess(fit_pictures(mask_image, size, "L", "mask_image"))
         if mask.shape[1:] != (1, size, size):
             raise ValueError(f"mask_image has the shape {tuple(mask.shape)}: expected (batch_size, 1, {size}, {size})")
-        return mask.to(self._execution_device, torch.bool)
+        if mask.dtype == torch.uint8 and mask.max() != 1:  # with 1 as the largest, 1 may mean white
+            mask = mask / 255
+        in_range = mask.is_floating_point() and bool(mask.min() >= 0 and mask.max() <= 1)
+        if mask.dtype != torch.bool and not in_range:
+            raise ValueError("mask_image: arrays and tensors must hold bools, floats in [0, 1] or uint8 up to 255")
+        return (mask >= 0.5).to(self._execution_device)
 
     def _alphas_and_sigmas(self, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """α and σ of x_t = α_t x_0 + σ_t ε at each level, the clean one first: what it adds to 1 and to 0."""

@@ -15,6 +15,7 @@ and back. Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
 """
 
 import argparse
+import inspect
 import io
 from collections.abc import Sequence
 from itertools import pairwise
@@ -139,9 +140,13 @@ def invert(
     >>> frames = draw_from_noise(pipe, interpolate(ends, num_frames=5), num_inference_steps=50)
     ```
     """
+    most = pipe.scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= most:
+        raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be from 1 to {most}")
     if num_iterations < 1:
         raise ValueError(f"num_iterations={num_iterations!r}: must be at least 1")
-    config = {name: value for name, value in pipe.scheduler.config.items() if name != "variance_type"}
+    known = inspect.signature(DDIMInverseScheduler).parameters
+    config = {name: value for name, value in pipe.scheduler.config.items() if name in known}
     # Left to itself it divides by the noise of the clean picture, zero, where the network predicts the picture.
     scheduler = DDIMInverseScheduler.from_config(
         config, prediction_type="epsilon", timestep_spacing="trailing", clip_sample=False
@@ -182,7 +187,12 @@ def interpolate(ends: torch.Tensor, num_frames: int = 16) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `((num_ends - 1) * (num_frames - 1) + 1, 3, height, width)`: the noises on the way.
+
+    Raises:
+        `ValueError`: fewer than two ends, or than two frames.
     """
+    if len(ends) < 2 or num_frames < 2:
+        raise ValueError(f"{len(ends)} ends and num_frames={num_frames!r}: both must be at least 2")
     weights = [frame / (num_frames - 1) for frame in range(num_frames - 1)]
     between = [slerp(start, end, weight) for start, end in pairwise(ends) for weight in weights]
     return torch.stack([*between, ends[-1]])

@@ -26,8 +26,8 @@ from .img2img_animeface import AnimeFaceImg2ImgPipeline
 from .inpaint_animeface import AnimeFaceInpaintPipeline
 from .interpolate import animation, interpolate, invert
 from .page_text import AREAS, TEXTS, message
-from .picture_rules import MAX_PIXELS, SetAside, read_picture
-from .pipeline_animeface import AnimeFacePipeline, fit_pictures
+from .picture_rules import MAX_PIXELS, SetAside, read_picture, square
+from .pipeline_animeface import AnimeFacePipeline
 from .schedulers import SCHEDULERS, switch_scheduler
 
 MAX_COUNT, MAX_FRAMES, MAX_STEPS, MAX_SEED = 8, 16, 100, 2**32 - 1
@@ -205,7 +205,7 @@ def _watch(pipe: AnimeFacePipeline, call: Callable[..., tuple]) -> Iterator[Any]
 def read_upload(path: str, size: int) -> Image.Image:
     """An uploaded file as a picture of the network's size; nothing but its header is read of what is too large."""
     try:
-        return fit_pictures(read_picture(Path(path), first_frame=True), size, "RGB")
+        return square(read_picture(Path(path), first_frame=True), size)
     except SetAside as error:
         raise Refused(error.rule, pixels=f"{MAX_PIXELS:,}") from None
 

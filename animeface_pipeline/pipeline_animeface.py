@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -119,7 +120,10 @@ class AnimeFacePipeline(DiffusionPipeline):
         value_range: tuple[float, float] | list[float] = (0.0, 1.0),  # a list when Diffusers reads it from the index
     ):
         super().__init__()
-        low, high = (float(value) for value in value_range)
+        try:
+            low, high = (float(value) for value in value_range)
+        except (TypeError, ValueError):
+            low = high = float("nan")
         if not -float("inf") < low < high < float("inf"):
             raise ValueError(f"value_range={value_range!r}: must be two finite numbers, the first one smaller")
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -302,10 +306,8 @@ class AnimeFacePipeline(DiffusionPipeline):
             `ValueError`: no image, another kind of input, another size or other values.
         """
         channels, size = self.unet.config.in_channels, self.unet.config.sample_size
-        if isinstance(image, (list, tuple)) and not image:
-            raise ValueError("image: an empty list")
         processor = VaeImageProcessor(do_resize=False, vae_scale_factor=1, do_normalize=False)
-        tensor = processor.preprocess(fit_pictures(image, size, "RGB"))
+        tensor = processor.preprocess(fit_pictures(image, size, "RGB", "image"))
         if tensor.shape[1:] != (channels, size, size):
             expected = f"(batch_size, {channels}, {size}, {size})"
             raise ValueError(f"image has the shape {tuple(tensor.shape)}: expected {expected}")
@@ -473,13 +475,7 @@ class AnimeFacePipeline(DiffusionPipeline):
         index = _read_index(folder, shown_as=pretrained_model_name_or_path)
         parts = {name: kwargs.pop(name) for name in ("scheduler", "value_range") if name in kwargs}
         if "scheduler" not in parts:
-            library, class_name = index["scheduler"]
-            scheduler_class: Any = getattr(diffusers, class_name, None) if library == "diffusers" else None
-            is_scheduler = inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)
-            if not is_scheduler:
-                where = pretrained_model_name_or_path
-                raise ValueError(f"{where}: model_index.json names the scheduler {class_name}, unknown to Diffusers")
-            parts["scheduler"] = scheduler_class.from_pretrained(folder, subfolder="scheduler")
+            parts["scheduler"] = _load_scheduler(folder, index["scheduler"], pretrained_model_name_or_path)
         parts.setdefault("value_range", index["value_range"])
         unet = kwargs.pop("unet", None) or _unet_class(cls).from_pretrained(folder / "unet", **kwargs)
         return cls(unet=unet, **parts)
@@ -503,11 +499,11 @@ class AnimeFacePipeline(DiffusionPipeline):
 
     def _write_card(self, folder: Path, card: Mapping[str, str | bytes] | None, token: str | None) -> None:
         readme = folder / "README.md"
-        edited = readme.is_file() and not is_our_card(readme.read_text(encoding="utf-8"))
+        if readme.is_file() and not is_our_card(readme.read_text(encoding="utf-8")):
+            return  # somebody edited it, and its pictures are theirs too
         for name, content in (self._former_card(folder, token) if card is None else card).items():
-            if name != "README.md" or not edited:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
     def _former_card(self, folder: Path, token: str | None) -> dict[str, str | bytes]:
         """The card that came with the weights, with its pictures; for weights that never had one, a new card."""
@@ -528,14 +524,28 @@ class AnimeFacePipeline(DiffusionPipeline):
             return {"README.md": sign_card(MINIMAL_CARD)}
 
 
-def fit_pictures(image: Any, size: int, mode: str) -> Any:
-    """Pictures in `mode`, of those of another size the centred square, resized; arrays and tensors as they are."""
-    if isinstance(image, Image.Image):
-        picture = image.convert(mode)
-        return (
-            picture if picture.size == (size, size) else ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-        )
-    return [fit_pictures(entry, size, mode) for entry in image] if isinstance(image, (list, tuple)) else image
+def fit_pictures(image: Any, size: int, mode: str, name: str) -> Any:
+    """Pictures upright, on white, in `mode`, the centred square of them at `size`; arrays and tensors as they are."""
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError(f"{name}: an empty list")
+        if len({Image.Image if isinstance(entry, Image.Image) else type(entry) for entry in image}) > 1:
+            raise ValueError(f"{name}: a list must be of one kind: pictures, arrays or tensors")
+        return [fit_pictures(entry, size, mode, name) for entry in image]
+    if not isinstance(image, Image.Image):
+        if 0 in getattr(image, "shape", ()):
+            raise ValueError(f"{name} has the shape {tuple(image.shape)}: there is nothing in it")
+        return image
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: a picture of mode {image.mode}, whose white nobody knows: give one of 8 or 16 bits")
+    picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert(mode)
+    return picture if picture.size == (size, size) else ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
 
 
 def _unet_class(pipeline_class: Any) -> Any:
@@ -599,6 +609,8 @@ def _read_index(folder: Path, shown_as: str | os.PathLike) -> dict[str, Any]:
         raise OSError(f"{shown_as}: not a pipeline's folder, it has no model_index.json") from None
     except ValueError as error:
         raise OSError(f"{shown_as}: model_index.json is not JSON ({error})") from error
+    if not isinstance(index, dict):
+        raise OSError(f"{shown_as}: model_index.json holds no JSON object")
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if not str(class_name).startswith("AnimeFace"):
@@ -606,6 +618,21 @@ def _read_index(folder: Path, shown_as: str | os.PathLike) -> dict[str, Any]:
     if missing := {"scheduler", "value_range"} - set(index):
         raise ValueError(f"{shown_as}: model_index.json has no {' and no '.join(sorted(missing))}")
     return index
+
+
+def _load_scheduler(folder: Path, named: Any, shown_as: str | os.PathLike) -> SchedulerMixin:
+    """The scheduler that `model_index.json` names, with the folder's settings, or one clear error."""
+    library, class_name = named if isinstance(named, list) and len(named) == 2 else (None, named)
+    scheduler_class: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+    is_scheduler = inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)
+    if not is_scheduler:
+        raise ValueError(f"{shown_as}: model_index.json names the scheduler {class_name}, unknown to Diffusers")
+    settings = scheduler_class.load_config(folder, subfolder="scheduler")
+    try:
+        loaded: SchedulerMixin = scheduler_class.from_config({**settings})
+    except (AttributeError, TypeError, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{shown_as}: scheduler/scheduler_config.json is damaged ({error})") from error
+    return loaded
 
 
 def check_folder(folder: Path) -> None:
@@ -663,7 +690,9 @@ def upload_folder_as_pipeline(
     card = _card_to_push(card_here, read("README.md"), repo_id)
     if card is not None:
         files["README.md"] = card.encode()
-    elif card_here:
+    else:  # its pictures stay as well
+        files = {name: file for name, file in files.items() if not (name in there and name.startswith("assets/"))}
+    if card is None and card_here:
         logger.warning(f"{repo_id} keeps its README.md, which somebody edited")
 
     # 3. former weights of the same variant that would be loaded instead of these

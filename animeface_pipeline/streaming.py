@@ -17,7 +17,18 @@ from accelerate.utils import gather_object
 
 from .cli import BadInput
 from .config import TrainingConfig
-from .dataset import Batches, NoSuchSplit, explain_unreadable, files_of, picture_column, stream_seed, to_pixels
+from .dataset import (
+    NO_PICTURE,
+    ONE_SOURCE,
+    PICTURES_ONLY,
+    Batches,
+    NoSuchSplit,
+    explain_unreadable,
+    files_of,
+    picture_column,
+    stream_seed,
+    to_pixels,
+)
 
 BLOCK_SIZE = 4096  # pictures of one process: 50 MB at 64×64
 STEPS_OF_UNKNOWN_EPOCH = 1000  # what counts as an epoch, for grids and the log, when nobody knows how many there are
@@ -112,7 +123,8 @@ class StreamedBatches(Batches):
             self.epoch += 1
             self.rows.set_epoch(self.epoch)
 
-    def _decode(self, image: dict) -> bytes | None:
+    def _decode(self, row: dict | None) -> bytes | None:
+        image = row or NO_PICTURE
         try:
             return decode_row(image, self.resolution)
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … for broken files
@@ -143,7 +155,7 @@ def open_stream(config: TrainingConfig, split: str) -> Any:
     try:
         if config.train_data_dir is not None:
             files = files_of(config.train_data_dir, split)
-            splits = datasets.load_dataset("imagefolder", data_files=files, streaming=True, drop_labels=True)
+            splits = datasets.load_dataset("imagefolder", data_files=files, streaming=True, **PICTURES_ONLY)
         else:
             splits = datasets.load_dataset(config.dataset_name, config.dataset_config_name, streaming=True)
     except BadInput:
@@ -160,6 +172,8 @@ def build_streamed_batches(config: TrainingConfig, **kwargs: Any) -> StreamedBat
     """The batches of `--streaming`; `kwargs` as in [`Batches`]."""
     from datasets.distributed import split_dataset_by_node
 
+    if (config.train_data_dir is None) == (config.dataset_name is None):
+        raise BadInput(ONE_SOURCE)
     if config.max_train_steps is None:
         raise BadInput("--streaming: nobody knows how long an epoch is; say how many updates with --max_train_steps")
     rows = open_stream(config, "train")
@@ -178,7 +192,7 @@ def first_pictures(config: TrainingConfig, split: str, number: int) -> torch.Ten
     pixels = []
     for row in open_stream(config, split).take(number):
         try:
-            pixels.append(decode_row(row["image"], config.resolution))
+            pixels.append(decode_row(row["image"] or NO_PICTURE, config.resolution))
         except Exception:  # a broken picture is no loss here, as in the loop
             continue
     if not pixels:

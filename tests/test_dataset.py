@@ -41,6 +41,35 @@ def test_every_picture_below_the_folder_is_decoded(faces: Path, tmp_path: Path) 
     assert {picture.numpy().tobytes() for picture in pictures} == expected
 
 
+def test_a_folder_may_have_any_name_and_hold_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "faces [1] {a}*"
+    folder.mkdir()
+    for name in ("a.png", "b[0].png", "no_suffix"):
+        draw_face(len(name), 32).save(folder / name, "PNG")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "the only one that is named here"}')
+    (folder / ".hidden").write_text("of the file manager")
+    assert len(load(folder, tmp_path)) == 2
+    assert (
+        "left out 2 files whose names do not end as pictures' do: metadata.jsonl; no_suffix" in capsys.readouterr().out
+    )
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "grey.png")
+    assert set(to_pixels(tmp_path / "grey.png", 16)) == {128}
+
+
+def test_an_empty_row_of_a_data_set_is_skipped_and_numbered(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    faces = [draw_face(k, 16) if k != 300 else None for k in range(302)]
+    rows = datasets.Dataset.from_dict({"image": faces}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(tmp_path / "hub" / "train.parquet")
+    pictures = load_pictures(
+        dataset_name=str(tmp_path / "hub"), resolution=16, cache_dir=tmp_path / "cache", show_progress=False
+    )
+    assert len(pictures) == 301
+    assert "skipped 1 pictures that cannot be decoded: picture 300" in capsys.readouterr().out
+
+
 def test_the_cache_is_used_again_and_made_anew_when_the_folder_or_the_settings_change(
     faces: Path, tmp_path: Path
 ) -> None:

@@ -306,6 +306,19 @@ def test_an_edited_card_is_kept(server: FakeHub, pipe: AnimeFacePipeline, folder
     assert server.files("user/faces")["README.md"].decode() == by_hand
 
 
+def test_the_pictures_of_an_edited_card_are_kept(server: FakeHub, pipe: AnimeFacePipeline, folder: Path) -> None:
+    (folder / "assets").mkdir(exist_ok=True)
+    (folder / "assets" / "samples.png").write_bytes(b"ours")
+    push_or_explain(folder, "user/faces")
+    edited = server.files("user/faces")["README.md"].replace(b"Anime faces", b"My faces")
+    server.put("user/faces", {"README.md": edited, "assets/samples.png": b"theirs"})
+    push_or_explain(folder, "user/faces")
+    assert server.files("user/faces")["assets/samples.png"] == b"theirs"
+    (folder / "README.md").write_text("Mine.", encoding="utf-8")
+    pipe.save_pretrained(folder, card={"README.md": "Ours.", "assets/samples.png": b"new"})
+    assert (folder / "assets" / "samples.png").read_bytes() == b"ours"
+
+
 def test_a_card_of_ours_is_written_anew(server: FakeHub, pipe: AnimeFacePipeline, folder: Path) -> None:
     push_or_explain(folder, "user/faces")
     pipe.save_pretrained(folder, card=render_card(pipe, TrainingSummary(steps=12_345)))

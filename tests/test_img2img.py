@@ -130,6 +130,31 @@ def test_pictures_of_every_mode_and_size(mode: str) -> None:
     assert image.shape == (1, 3, 8, 8)
 
 
+def test_a_picture_is_read_as_one_sees_it(tiny_pipeline: AnimeFacePipeline) -> None:
+    """Turned as its EXIF block says, transparency on white, 16 bits scaled."""
+    turned = Image.new("RGB", (16, 16))
+    turned.paste("white", (0, 0, 16, 8))
+    turned.getexif()[0x0112] = 3  # upside down
+    pixels = tiny_pipeline.preprocess(turned)
+    assert pixels[0, 0, 0, 0] == 0 and pixels[0, 0, -1, 0] == 1
+    assert (tiny_pipeline.preprocess(Image.new("RGBA", (16, 16), (255, 0, 0, 0))) == 1).all()
+    grey = tiny_pipeline.preprocess(Image.fromarray(np.full((16, 16), 32768, np.uint16)))
+    assert (grey == 127 / 255).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("F", (16, 16)), "a picture of mode F"),
+        ([Image.new("RGB", (16, 16)), np.zeros((16, 16, 3))], "must be of one kind"),
+        (np.zeros((0, 16, 16, 3)), "there is nothing in it"),
+    ],
+)
+def test_what_is_no_picture_is_named(image: object, message: str, tiny_pipeline: AnimeFacePipeline) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline.preprocess(image)
+
+
 def test_another_size_is_cropped_to_the_centred_square() -> None:
     picture = Image.new("RGB", (64, 32), "black")
     picture.paste("white", (16, 0, 48, 32))

@@ -167,6 +167,8 @@ BAD_CALLS = [
     ({"mask_image": torch.zeros(1, 1, 4, 4)}, r"mask_image has the shape \(1, 1, 4, 4\): expected"),
     ({"mask_image": torch.zeros(1, 3, 8, 8)}, "mask_image has the shape"),
     ({"mask_image": []}, "mask_image: an empty list"),
+    ({"mask_image": np.eye(8, dtype=np.uint8)[None]}, r"mask_image: .* bools, floats in \[0, 1\]"),
+    ({"mask_image": torch.full((1, 1, 8, 8), float("nan"))}, "bools, floats"),
     ({"mask_image": "mask.png"}, "incorrect format"),
     ({"image": np.zeros((8, 8, 3), np.uint8)}, "floats"),
     ({"jump_length": 0}, "jump_length=0"),

@@ -157,3 +157,16 @@ def test_the_noise_of_a_drawn_face_is_found_again(kind: str) -> None:
     assert errors[1] < 0.005
     grey = noise[inside].mean(dim=(1, 2, 3))  # the direction that decides which grey is drawn
     assert torch.corrcoef(torch.stack([found.mean(dim=(1, 2, 3)), grey]))[0, 1] > 0.99
+
+
+def test_counts_that_lead_nowhere_are_named(tiny_pipeline: AnimeFacePipeline) -> None:
+    with pytest.raises(ValueError, match="must be from 1 to 1000"):
+        invert(tiny_pipeline, Image.new("RGB", (16, 16)), 0)
+    with pytest.raises(ValueError, match="both must be at least 2"):
+        interpolate.interpolate(torch.zeros(2, 3, 16, 16), 1)
+
+
+def test_inverting_warns_of_no_settings(tiny_pipeline: AnimeFacePipeline, capfd: pytest.CaptureFixture) -> None:
+    tiny_pipeline.scheduler = switch_scheduler(tiny_pipeline.scheduler, "unipc", 4)
+    invert(tiny_pipeline, Image.new("RGB", (16, 16)), 2)
+    assert "were passed to" not in capfd.readouterr().err

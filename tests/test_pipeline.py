@@ -296,10 +296,28 @@ def write_bad_config(folder: Path) -> None:
     (folder / "unet/config.json").write_text(json.dumps({**config, "norm_num_groups": 5}), encoding="utf-8")
 
 
+def change_index(folder: Path, **values: object) -> None:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps({**index, **values}), encoding="utf-8")
+
+
 BAD_FOLDERS = {
     "no such folder": (shutil.rmtree, OSError, "no such folder"),
     "no model_index.json": (lambda f: (f / "model_index.json").unlink(), OSError, "no model_index.json"),
     "index not JSON": (lambda f: (f / "model_index.json").write_text("{"), OSError, "model_index.json is not JSON"),
+    "index a list": (lambda f: (f / "model_index.json").write_text("[]"), OSError, "holds no JSON object"),
+    "a scheduler of nobody": (lambda f: change_index(f, scheduler="ddpm"), ValueError, "the scheduler ddpm, unknown"),
+    "a range of words": (lambda f: change_index(f, value_range="ab"), ValueError, "value_range='ab'"),
+    "a scheduler's config that is a list": (
+        lambda f: (f / "scheduler/scheduler_config.json").write_text("[]"),
+        ValueError,
+        "scheduler_config.json is damaged",
+    ),
+    "a schedule of nobody": (
+        lambda f: (f / "scheduler/scheduler_config.json").write_text('{"beta_schedule": "steep"}'),
+        ValueError,
+        "scheduler_config.json is damaged",
+    ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), OSError, "no such weights file"),
     "truncated weights": (truncate, OSError, "truncated"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), OSError, "truncated"),
