@@ -33,11 +33,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     model = os.environ.get("ANIMEFACE_MODEL") or str(EMBEDDED_MODEL)
     parser.add_argument("model", nargs="?", default=model, help=MODEL_HELP)
     parser.add_argument("--server_name", help="the address to listen on (default: 127.0.0.1, or GRADIO_SERVER_NAME)")
-    parser.add_argument("--server_port", type=int, help="default: the first free one from 7860, or GRADIO_SERVER_PORT")
+    parser.add_argument(
+        "--server_port", type=parse_port, help="default: the first free one from 7860, or GRADIO_SERVER_PORT"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the network's precision; default: float32")
     parser.add_argument("--device", type=parse_device, help="cpu, cuda, mps, … (default: the best one there is)")
     parser.set_defaults(compile=False, scheduler=None, num_inference_steps=1)
     return parser.parse_args(argv)
+
+
+def parse_port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65535, not {text}")
+    return int(text)
 
 
 @command

@@ -136,6 +136,8 @@ class TrainingConfig:
             raise BadInput(
                 "--overwrite_output_dir: removes what --resume_from_checkpoint goes on from; give one of them"
             )
+        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private_repo):
+            raise BadInput("--hub_model_id and --hub_private_repo: nothing is pushed without --push_to_hub; add it")
         if self.torch_compile in CUDA_GRAPHS and self.gradient_accumulation_steps > 1:
             raise BadInput(
                 f"--torch_compile {self.torch_compile}: its CUDA graphs overwrite the gradients that"
@@ -176,8 +178,9 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     else:
         try:
             text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"--config {name_or_path}: {error.strerror or error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise BadInput(f"--config {name_or_path}: {reason}") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

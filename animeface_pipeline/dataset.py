@@ -74,7 +74,10 @@ def load_pictures(
     if not (folder / "index.json").is_file():
         if train_data_dir is not None and (others := _other_files(train_data_dir, split, rows)):
             print(f"{name}: left out {len(others)} files whose names do not end as pictures' do: {_shown(others)}")
-        _decode_all(rows, folder, resolution, name, show_progress)
+        try:
+            _decode_all(rows, folder, resolution, name, show_progress)
+        except OSError as error:
+            raise BadInput(f"--cache_dir {root}: cannot be written ({error.strerror or error})") from error
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     if index["skipped"]:
         skipped = index["skipped"]

@@ -147,7 +147,10 @@ def load_pipeline(args: argparse.Namespace) -> AnimeFacePipeline:
     # The original's own scheduler is made anew as well: its variance is right at 1000 steps only.
     is_original = isinstance(pipe.scheduler, DDPMScheduler) and pipe.scheduler.config.variance_type == "fixed_large"
     if name := args.scheduler or ("ddpm" if is_original else None):
-        pipe.scheduler = switch_scheduler(pipe.scheduler, name)
+        try:
+            pipe.scheduler = switch_scheduler(pipe.scheduler, name)
+        except ValueError as error:
+            raise BadInput(f"--scheduler: {error}") from error
     args.num_inference_steps = args.num_inference_steps or min(recommended_steps(pipe.scheduler), most)
     if name is not None:
         pipe.scheduler = switch_scheduler(pipe.scheduler, name, args.num_inference_steps)
@@ -254,8 +257,12 @@ def draw(pipe: AnimeFacePipeline, seeds: Sequence[int], args: argparse.Namespace
 def save_grid(args: argparse.Namespace) -> None:
     images = []
     for seed in range(args.seed, args.seed + args.num_images):
-        with Image.open(files_of(seed, args)[0]) as image:
-            images.append(image.copy())
+        file = files_of(seed, args)[0]
+        try:
+            with Image.open(file) as image:
+                images.append(image.copy())
+        except (OSError, SyntaxError) as error:
+            raise BadInput(f"{file}: is damaged ({error}); remove it, and the same command draws it anew") from error
     grid = args.output_dir / f"{args.num_images}-imgs-final.png"
     save_png(image_grid(images), grid)
     print(f"{args.num_images} images are in {args.output_dir}, all of them in {grid.name}")

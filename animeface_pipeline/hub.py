@@ -10,7 +10,6 @@ How the folder is laid out, loaded and pushed is in pipeline_animeface.py, which
 """
 
 import io
-import math
 import os
 import platform
 import re
@@ -62,8 +61,6 @@ class TrainingSummary:
         ema_decay (`float`): The decay of the averaged weights that are saved; None if they are the trained ones.
         hardware (`str`), commit (`str`), versions (`Mapping[str, str]`): What it was trained on and with.
         losses (`Sequence[tuple[int, float]]`): (step, training loss), for the curve.
-        metrics (`Mapping[str, float]`): By their names on the Hub (`"fid"`, `"kid"`).
-        measured (`str`): How, in a sentence: the pictures, the steps, the features.
         base_model (`str`): The model that training went on from: `user/name` on the Hub, or how a local one is called.
         converted_from (`str`): The file of the original's weights, if they were trained with the original's code.
         license (`str`, defaults to `"other"`): One of the Hub's licences; `other` where the pictures have none.
@@ -84,25 +81,9 @@ class TrainingSummary:
     commit: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     losses: Sequence[tuple[int, float]] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    measured: str | None = None
     base_model: str | None = None
     converted_from: str | None = None
     license: str = "other"
-
-
-# What the original's code and log tell of the checkpoint that it publishes.
-PUBLISHED_RUN = TrainingSummary(
-    converted_from="ddpm-model-45.ckpt",
-    recipe="original",
-    dataset="two sets of anime faces from Kaggle, cleaned by hand",
-    dataset_size=78_698,
-    steps=56_580,
-    epochs=46,
-    samples_seen=3_620_108,
-    batch_size=64,
-    hardware="NVIDIA RTX 4090",
-)
 
 
 def render_card(
@@ -142,8 +123,6 @@ def render_card(
         converted_from=summary.converted_from,
         training=training_table(summary),
         settings=yaml.safe_dump(dict(summary.settings), sort_keys=False).strip() if summary.settings else "",
-        results={name.upper(): f"{value:.4g}" for name, value in summary.metrics.items()},
-        measured=summary.measured,
         times_seen=times_seen(summary),
         dropout_stayed=summary.converted_from is None and pipe.unet.config.dropout > 0,
         attention_norm=pipe.unet.config.attention_norm,
@@ -160,23 +139,10 @@ def render_card(
 
 def card_data(summary: TrainingSummary, fixed: Mapping[str, Any]) -> ModelCardData:
     """The card's front matter: the `fixed` entries of the template, and those of the run."""
-    results = [
-        EvalResult(
-            task_type=fixed["pipeline_tag"],
-            dataset_type=summary.hub_dataset or "image-folder",
-            dataset_name=summary.dataset or summary.hub_dataset or "pictures of the training run",
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in summary.metrics.items()
-    ]
     known = {
         "license": summary.license,
         "datasets": [summary.hub_dataset] if summary.hub_dataset else None,
         "base_model": summary.base_model if "/" in (summary.base_model or "") else None,
-        "metrics": list(summary.metrics) or None,
-        "model_name": "AnimeFacePipeline" if results else None,
-        "eval_results": results or None,
     }
     return ModelCardData(**{**fixed, **known})
 
@@ -257,7 +223,7 @@ def times_seen(summary: TrainingSummary) -> int | None:
     """How often training saw each picture, on average."""
     if not summary.samples_seen or not summary.dataset_size:
         return None
-    return math.ceil(summary.samples_seen / summary.dataset_size)
+    return max(1, round(summary.samples_seen / summary.dataset_size))
 
 
 def png(picture: Image.Image) -> bytes:
@@ -336,9 +302,19 @@ def _push(folder: Path, repo_id: str, private: bool, **options: Any) -> int:
     return EXIT_DONE
 
 
-def _explain(error: Exception, folder: Path, repo_id: str, private: bool, create_pr: bool = False) -> int:
+def _explain(
+    error: Exception,
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    include: Sequence[str] = (),
+) -> int:
     arguments = ["python", "-m", "animeface_pipeline.hub", folder.resolve().as_posix(), "--hub_model_id", repo_id]
     arguments += ["--private"] * private + ["--create_pr"] * create_pr
+    arguments += ["--commit_message", commit_message] if commit_message else []
+    arguments += ["--include", *include] if include else []
     later = subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
     reason = explain_hub_error(error)
     print(f"error: not pushed to {repo_id}: {reason}. All is saved; push it later with: {later}", file=sys.stderr)
@@ -362,11 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_folder(args.folder)
     except (OSError, ValueError) as error:
         raise BadInput(str(error)) from error
-    options = {"private": args.private, "create_pr": args.create_pr}
+    options = {name: getattr(args, name) for name in ("private", "create_pr", "commit_message", "include")}
     try:
-        return _push(
-            args.folder, args.hub_model_id, commit_message=args.commit_message, include=args.include, **options
-        )
+        return _push(args.folder, args.hub_model_id, **options)
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             raise BadInput(str(error)) from error  # we refused it, not the Hub

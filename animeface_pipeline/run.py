@@ -92,9 +92,10 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
 
 def use_all_cores() -> None:
     """`accelerate launch` holds a CPU process to one thread unless told otherwise; one process may have them all."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and torch.get_num_threads() == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(torch.get_num_threads(), cores))
+        torch.set_num_threads(cores)
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], None]) -> None:
@@ -142,7 +143,6 @@ class Run:
         self.lr_scheduler, self.batches, self.validation = lr_scheduler, batches, validation
         self.total_steps = total_steps
         self.meter = Meter(pipeline.scheduler.config.num_train_timesteps, accelerator.device)
-        self.signals = Signals()
         self.first_step = 0
         self.save_again = False  # a checkpoint could not be written
         self.last_grid: Image.Image | None = None
@@ -167,6 +167,7 @@ class Run:
         self.folder.check_shared()
         on_main_process(self.accelerator, self.start_trackers)
         self.accelerator.wait_for_everyone()
+        self.signals = Signals()  # until now there was nothing to save
 
     def start_trackers(self) -> None:
         if self.config.report_to is None:

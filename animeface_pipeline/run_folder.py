@@ -60,13 +60,16 @@ class RunFolder:
 
     def claim(self, overwrite: bool, resume: bool) -> None:
         """Make sure that the folder may be ours, and nobody else's meanwhile. Nothing is written or removed yet."""
-        if self.path.exists() and not self.path.is_dir():
-            raise BadInput(f"--output_dir {self.path}: is a file; choose a folder")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise BadInput(f"--output_dir {self.path}: is a file; choose a folder")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
         except Timeout:
             raise BadInput(f"--output_dir {self.path}: another trainer is writing to it; choose another one") from None
+        except (OSError, NotImplementedError) as error:  # the second: a file system that knows no locks
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"--output_dir {self.path}: cannot be written ({reason}); choose another one") from error
         manifest = self._read_manifest()
         if manifest is None and self.path.is_dir() and any(self.path.iterdir()):
             raise BadInput(f"--output_dir {self.path}: holds something that is not a training run; choose another one")
@@ -122,8 +125,9 @@ class RunFolder:
                 shutil.rmtree(path)
             elif path.is_file():
                 path.unlink()
-        for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
-            if not any(folder.iterdir()):
+        parents = {parent for name in self.manifest["wrote"] for parent in Path(name).parents} - {Path()}
+        for folder in sorted((self.path / parent for parent in parents), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         self.manifest = {"program": "animeface_pipeline", "wrote": []}
 

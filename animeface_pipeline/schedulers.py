@@ -78,10 +78,12 @@ def switch_scheduler(scheduler: SchedulerMixin, name: str, num_inference_steps: 
         [`SchedulerMixin`]: the new scheduler, `timestep_spacing="trailing"` and its settings in its config.
 
     Raises:
-        `ValueError`: a name that is not in the table.
+        `ValueError`: a name that is not in the table, `"euler-ancestral"` for a network that predicts the picture.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler {name!r}: must be one of {', '.join(SCHEDULERS)}")
+    if name == "euler-ancestral" and scheduler.config.prediction_type == "sample":
+        raise ValueError("scheduler 'euler-ancestral': is not for a network that predicts the picture; take another")
     class_name, settings = SCHEDULERS[name]
     settings = {**settings, "timestep_spacing": "trailing"}
     if name == "ddpm":

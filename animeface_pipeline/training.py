@@ -39,6 +39,13 @@ def build_pipeline(config: TrainingConfig) -> AnimeFacePipeline:
     The network's size, the value range and the schedule of a saved pipeline take the place of the config's.
     """
     pipeline = _new_or_saved_pipeline(config)
+    for name in ("in_channels", "out_channels"):
+        if (channels := pipeline.unet.config[name]) != 3:
+            raise BadInput(f"the network's {name} is {channels}: pictures have 3")
+    try:
+        switch_scheduler(pipeline.scheduler, config.eval_scheduler)
+    except ValueError as error:
+        raise BadInput(f"--eval_scheduler: {error}") from error
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     prepare_for_training(pipeline.unet, config)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -105,7 +106,7 @@ class FakeHub:
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
-            "HF_HOME": str(hf_home),
+            "HF_HOME": str(Path(hf_home).absolute()),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",

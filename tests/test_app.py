@@ -81,6 +81,8 @@ def test_bad_input_is_one_line(
 ) -> None:
     assert run(str(tmp_path)) == 2
     assert "model_index.json" in capsys.readouterr().err
+    assert run("--server_port", "99999") == 2
+    assert "from 1 to 65535, not 99999" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("model") == 2
     error = capsys.readouterr().err

@@ -295,6 +295,19 @@ def test_bad_flags(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_picture_of_a_former_run_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ("--num_images", 2)
+    assert run(model, tmp_path / "out", *flags) == 0
+    (tmp_path / "out" / "seed-000001.png").write_bytes(b"half")
+    capsys.readouterr()
+    assert run(model, tmp_path / "out", *flags) == 2
+    assert "seed-000001.png: is damaged" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "out" / "seed-000001.png").unlink()
+    assert run(model, tmp_path / "out", *flags) == 0
+
+
 def test_a_model_that_is_no_pipeline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     for folder, words in ((tmp_path / "empty", "model_index.json"), (tmp_path / "nowhere", "no such folder")):

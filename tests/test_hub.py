@@ -550,6 +550,17 @@ def test_the_command_that_the_message_names_works(
     assert server.repo("user/faces").private and set(server.files("user/faces")) == PUBLISHED | PICTURES
 
 
+def test_the_message_of_a_failed_command_repeats_its_flags(
+    server: FakeHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fail("POST .*/commit/.*", status=500)
+    flags = [str(folder), "--hub_model_id", "user/faces", "--commit_message", "the third", "--include", "logs/**/*"]
+    with pytest.raises(SystemExit) as stopped:
+        hub.main(flags)
+    assert stopped.value.code == 3
+    assert shlex.split(capsys.readouterr().err.rpartition("push it later with: ")[2])[3:] == flags
+
+
 def test_a_connection_that_drops_once_is_tried_again(server: FakeHub, folder: Path, naps: list[float]) -> None:
     server.fail("PUT .*", status=None, times=1)
     assert push_or_explain(folder, "user/faces") == 0

@@ -14,7 +14,6 @@ from PIL import Image
 from animeface_pipeline import AnimeFacePipeline
 from animeface_pipeline.cli import resource
 from animeface_pipeline.hub import (
-    PUBLISHED_RUN,
     TrainingSummary,
     code_commit,
     hardware_name,
@@ -58,8 +57,6 @@ EVERYTHING = TrainingSummary(
     versions=library_versions(),
     commit="0123abc",
     losses=[(step, 0.2 / step) for step in range(1, 2_001)],
-    metrics={"fid": 12.3456, "kid": 0.00567},
-    measured="10,000 pictures of 1000 steps, with the features of a network that is named here.",
     base_model="user/base",
     license="cc-by-4.0",
 )
@@ -123,15 +120,10 @@ def test_a_card_tells_all_that_is_known(pipe: AnimeFacePipeline) -> None:
     card = render_card(pipe, EVERYTHING, Image.new("RGB", (64, 64)))
     text = text_of(card)
     data = front_matter(text)
-    assert (
-        data["datasets"] == ["user/faces"] and data["base_model"] == "user/base" and data["metrics"] == ["fid", "kid"]
-    )
-    results = data["model-index"][0]["results"][0]
-    assert {metric["type"]: metric["value"] for metric in results["metrics"]} == EVERYTHING.metrics
+    assert data["datasets"] == ["user/faces"] and data["base_model"] == "user/base"
     assert headings(text) == [
         "How to use it",
         "How it was trained",
-        "Results",
         "Limits and biases",
         "Departures from the original",
         "Licence",
@@ -139,11 +131,11 @@ def test_a_card_tells_all_that_is_known(pipe: AnimeFacePipeline) -> None:
     ]
     rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
     assert rows["steps"] == "12,345" and rows["pictures"] == "20,626" and rows["hardware"] == "NVIDIA H200"
-    assert rows["averaged weights (EMA)"] == "yes, decay 0.9999" and rows["FID"] == "12.35"
+    assert rows["averaged weights (EMA)"] == "yes, decay 0.9999"
     assert rows["data"] == r"faces \| of two kinds"  # a bar would end the cell
     assert f"torch {EVERYTHING.versions['torch']}" in rows["software"]
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == {**EVERYTHING.settings, "value_range": [0, 1]}
-    assert "each picture was seen 39 times" in " ".join(text.split())
+    assert "each picture was seen 38 times" in " ".join(text.split())
     for name in ("samples", "loss_curve"):
         assert f"](assets/{name}.png)" in text
         assert Image.open(io.BytesIO(card[f"assets/{name}.png"])).format == "PNG"
@@ -184,8 +176,6 @@ def test_converted_weights_are_not_given_a_licence_or_a_training(pipe: AnimeFace
     assert "converted from `my.ckpt`" in words and "weights are published without a licence" in words
     assert "dropout is on" not in words  # the original's accident is in its weights
     assert "| steps |" not in words
-    assert "| steps | 56,580 |" in text_of(render_card(pipe, PUBLISHED_RUN))
-    assert PUBLISHED_RUN.samples_seen == PUBLISHED_RUN.epochs * PUBLISHED_RUN.dataset_size
 
 
 def test_only_departures_that_hold_are_listed(pipe: AnimeFacePipeline) -> None:

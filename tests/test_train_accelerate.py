@@ -122,12 +122,14 @@ def test_overwriting_removes_only_what_a_former_run_wrote(trainer: Trainer, caps
     assert trainer() == 0
     (trainer.output / "samples" / "mine.png").write_text("mine")
     (trainer.output / "notes.txt").write_text("mine")
+    (trainer.output / "empty").mkdir()
     (trainer.output / "README.md").write_text("a card that I wrote myself")
     assert trainer() == 2
     assert "add --resume_from_checkpoint latest" in capsys.readouterr().err
     assert trainer("--overwrite_output_dir", "--max_train_steps", 1) == 0
     assert (trainer.output / "samples" / "mine.png").read_text() == "mine"
     assert (trainer.output / "notes.txt").read_text() == "mine"
+    assert (trainer.output / "empty").is_dir()
     assert (trainer.output / "README.md").read_text() == "a card that I wrote myself"
     assert not (trainer.output / "checkpoint-6").exists()
     assert not (trainer.output / "samples" / "step-00000006.png").exists()
@@ -152,6 +154,20 @@ def text_file(trainer: Trainer) -> Path:
     return file
 
 
+def latin_recipe(trainer: Trainer) -> Path:
+    file = trainer.folder / "latin.yaml"
+    file.write_bytes("# für alle\n".encode("latin-1"))
+    return file
+
+
+def grey_network(trainer: Trainer) -> Path:
+    file = trainer.folder / "grey.json"
+    file.write_text(
+        '{"block_out_channels": [16], "attention_levels": [false], "norm_num_groups": 16, "in_channels": 1}'
+    )
+    return file
+
+
 BAD_INPUT = {
     "no such folder": (lambda t: ["--train_data_dir", "nowhere"], "--train_data_dir nowhere: no such folder"),
     "no pictures": (lambda t: ["--train_data_dir", t.folder / "cache"], "no such folder"),
@@ -164,6 +180,24 @@ BAD_INPUT = {
     "no such network": (lambda t: ["--model_config_name_or_path", "./nowhere"], "./nowhere"),
     "a network that is a list": (lambda t: ["--model_config_name_or_path", text_file(t)], "one JSON object"),
     "no such checkpoint": (lambda t: ["--resume_from_checkpoint", "checkpoint-9"], "no readable checkpoint.json"),
+    "a recipe in Latin-1": (lambda t: ["--config", latin_recipe(t)], "latin.yaml: not UTF-8 text"),
+    "a network for grey pictures": (lambda t: ["--model_config_name_or_path", grey_network(t)], "in_channels is 1"),
+    "a solver that cannot": (
+        lambda t: ["--prediction_type", "sample", "--eval_scheduler", "euler-ancestral"],
+        "--eval_scheduler: scheduler 'euler-ancestral'",
+    ),
+    "output below a file": (lambda t: ["--output_dir", text_file(t) / "out"], "cannot be written"),
+    "output with a long name": (lambda t: ["--output_dir", t.folder / ("x" * 300)], "cannot be written"),
+    "cache below a file": (lambda t: ["--cache_dir", text_file(t) / "cache"], "--cache_dir"),
+    "a name, but no push": (lambda t: ["--hub_model_id", "user/faces"], "add it"),
+    "go on, and begin anew": (
+        lambda t: ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"],
+        "give one of them",
+    ),
+    "a stream of nothing": (
+        lambda t: ["--streaming", "--dataset_name", "x", "--train_data_dir", t.faces],
+        "give either",
+    ),
     "unknown flag": (lambda t: ["--epochs", 3], "unrecognized arguments"),
 }
 

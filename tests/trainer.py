@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,11 @@ class Trainer:
         sys.path.insert(0, str(PROGRAM.parent))
         import train_accelerate
 
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         with pytest.raises(SystemExit) as ended:
             train_accelerate.main(self.argv(*map(str, flags)))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # a run that breaks off leaves its own
         reset_accelerate()
         return ended.value.code
 
