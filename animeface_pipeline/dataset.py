@@ -121,13 +121,13 @@ def files_of(folder: str, split: str) -> dict[str, str]:
 
 
 def _other_files(folder: str, split: str, rows: Any) -> list[str]:
-    """What lies among a folder's pictures without being read; hidden files aside."""
-    base = Path(folder, split) if Path(folder, "train").is_dir() else Path(folder)
+    """What lies among a folder's pictures without being read; hidden files and a data set's metadata aside."""
+    base = (Path(folder, split) if Path(folder, "train").is_dir() else Path(folder)).resolve()
     read = {Path(row["path"]) for row in rows.with_format(None)["image"]}
     return sorted(
         path.relative_to(base).as_posix()
-        for path in base.resolve().rglob("[!.]*")
-        if path.is_file() and path not in read
+        for path in base.rglob("[!.]*")
+        if path.is_file() and path not in read and path.stem != "metadata"
     )
 
 

@@ -41,17 +41,20 @@ def test_every_picture_below_the_folder_is_decoded(faces: Path, tmp_path: Path) 
     assert {picture.numpy().tobytes() for picture in pictures} == expected
 
 
-def test_a_folder_may_have_any_name_and_hold_other_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_may_have_any_name_and_hold_other_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "faces [1] {a}*"
     folder.mkdir()
     for name in ("a.png", "b[0].png", "no_suffix"):
         draw_face(len(name), 32).save(folder / name, "PNG")
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "the only one that is named here"}')
+    (folder / "notes.txt").write_text("not a picture")
     (folder / ".hidden").write_text("of the file manager")
-    assert len(load(folder, tmp_path)) == 2
-    assert (
-        "left out 2 files whose names do not end as pictures' do: metadata.jsonl; no_suffix" in capsys.readouterr().out
-    )
+    monkeypatch.chdir(tmp_path)
+    assert len(load(Path(folder.name), tmp_path)) == 2
+    expected = "left out 2 files whose names do not end as pictures' do: no_suffix; notes.txt"
+    assert expected in capsys.readouterr().out
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
