@@ -121,14 +121,12 @@ def files_of(folder: str, split: str) -> dict[str, str]:
 
 
 def _other_files(folder: str, split: str, rows: Any) -> list[str]:
-    """What lies among a folder's pictures without being read; hidden files and a data set's metadata aside."""
+    """What lies among a folder's pictures without being read; what is hidden and a data set's metadata aside."""
     base = (Path(folder, split) if Path(folder, "train").is_dir() else Path(folder)).resolve()
     read = {Path(row["path"]) for row in rows.with_format(None)["image"]}
-    return sorted(
-        path.relative_to(base).as_posix()
-        for path in base.rglob("[!.]*")
-        if path.is_file() and path not in read and path.stem != "metadata"
-    )
+    others = (path for path in base.rglob("*") if path not in read and path.stem != "metadata" and path.is_file())
+    names = (path.relative_to(base) for path in others)
+    return sorted(name.as_posix() for name in names if not any(part.startswith((".", "__")) for part in name.parts))
 
 
 def _shown(names: list[str]) -> str:
@@ -210,7 +208,9 @@ def _decode(start: int, images: list[dict | None], resolution: int) -> list[tupl
         image = row or NO_PICTURE
         path = image["path"] or f"picture {number}"
         try:
-            results.append((path, to_pixels(io.BytesIO(image["bytes"]) if image["bytes"] else path, resolution)))
+            results.append(
+                (path, to_pixels(path if image["bytes"] is None else io.BytesIO(image["bytes"]), resolution))
+            )
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … for broken files
             results.append((path, f"{type(error).__name__}: {error}"))
     return results

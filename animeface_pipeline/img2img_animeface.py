@@ -94,6 +94,6 @@ class AnimeFaceImg2ImgPipeline(AnimeFacePipeline):
             raise ValueError(f"strength={strength!r}: must be a number above 0 and up to 1")
         steps = int(num_inference_steps * strength)
         if steps < 1:
-            least = f"it must be at least 1/{num_inference_steps}"
+            least = f"it must be more than 1/{num_inference_steps}"
             raise ValueError(f"strength={strength!r}: no step of {num_inference_steps} is left; {least}")
         return steps

@@ -60,7 +60,7 @@ class AnimeFaceInpaintPipeline(AnimeFacePipeline):
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of these):
                 White, from one half on, is redrawn; black is kept. One for all pictures, or one for each: pictures of
                 any size, arrays `(batch_size, height, width)`, tensors `(batch_size, 1, height, width)`, of bools,
-                floats in [0, 1] or uint8 up to 255.
+                floats in [0, 1], or whole numbers up to 1 or 255.
             num_inference_steps (`int`, *optional*, defaults to `250`): Denoising steps, without those taken again.
             jump_length (`int`, *optional*, defaults to `10`):
                 How many steps back towards noise a jump goes, and how far apart the places are where it is done.
@@ -135,11 +135,10 @@ class AnimeFaceInpaintPipeline(AnimeFacePipeline):
         mask = processor.preprocess(fit_pictures(mask_image, size, "L", "mask_image"))
         if mask.shape[1:] != (1, size, size):
             raise ValueError(f"mask_image has the shape {tuple(mask.shape)}: expected (batch_size, 1, {size}, {size})")
-        if mask.dtype == torch.uint8 and mask.max() != 1:  # with 1 as the largest, 1 may mean white
-            mask = mask / 255
-        in_range = mask.is_floating_point() and bool(mask.min() >= 0 and mask.max() <= 1)
-        if mask.dtype != torch.bool and not in_range:
-            raise ValueError("mask_image: arrays and tensors must hold bools, floats in [0, 1] or uint8 up to 255")
+        if not mask.is_floating_point():
+            mask = mask.float() / (255 if mask.max() > 1 else 1)
+        if not (mask.min() >= 0 and mask.max() <= 1):
+            raise ValueError("mask_image: arrays and tensors must hold bools, floats in [0, 1] or levels up to 255")
         return (mask >= 0.5).to(self._execution_device)
 
     def _alphas_and_sigmas(self, num_inference_steps: int) -> tuple[torch.Tensor, torch.Tensor]:

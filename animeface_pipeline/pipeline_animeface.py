@@ -525,7 +525,7 @@ class AnimeFacePipeline(DiffusionPipeline):
 
 
 def fit_pictures(image: Any, size: int, mode: str, name: str) -> Any:
-    """Pictures upright, on white, in `mode`, the centred square of them at `size`; arrays and tensors as they are."""
+    """Pictures upright, on white (masks, of mode L, on black), the centred square; arrays and tensors as they are."""
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError(f"{name}: an empty list")
@@ -543,7 +543,7 @@ def fit_pictures(image: Any, size: int, mode: str, name: str) -> Any:
         picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black" if mode == "L" else "white"), picture)
     picture = picture.convert(mode)
     return picture if picture.size == (size, size) else ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
 

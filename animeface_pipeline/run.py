@@ -143,6 +143,7 @@ class Run:
         self.lr_scheduler, self.batches, self.validation = lr_scheduler, batches, validation
         self.total_steps = total_steps
         self.meter = Meter(pipeline.scheduler.config.num_train_timesteps, accelerator.device)
+        self.signals = Signals()
         self.first_step = 0
         self.save_again = False  # a checkpoint could not be written
         self.last_grid: Image.Image | None = None
@@ -159,15 +160,22 @@ class Run:
             settings_over_state(self.config, self.lr_scheduler, self.ema)
         if self.first_step > self.total_steps:
             raise BadInput(
-                f"--max_train_steps {self.total_steps}: {self.first_step} updates are done already; take more"
+                f"{self.first_step} updates are done already, and these settings want {self.total_steps} in all; raise"
+                " --max_train_steps or --num_epochs"
             )
-        if self.accelerator.is_main_process:
-            self.folder.forget_after(self.first_step)
-            self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir)
+        on_main_process(self.accelerator, self.open_folder)
         self.folder.check_shared()
         on_main_process(self.accelerator, self.start_trackers)
         self.accelerator.wait_for_everyone()
-        self.signals = Signals()  # until now there was nothing to save
+        self.signals.listen()  # until now there was nothing to save
+
+    def open_folder(self) -> None:
+        try:
+            if self.config.resume_from_checkpoint is not None:
+                self.folder.forget_after(self.first_step)
+            self.folder.begin(self.config.recipe_values(), self.config.overwrite_output_dir)
+        except WRITE_ERRORS as error:
+            raise BadInput(f"--output_dir {self.folder.path}: cannot be written ({error})") from error
 
     def start_trackers(self) -> None:
         if self.config.report_to is None:
@@ -364,9 +372,12 @@ class Signals:
 
     def __init__(self) -> None:
         self._number = 0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before: dict[int, Any] = {}
         # Set by `accelerate launch`: then our parent is the launcher, which dies of a SIGTERM without telling us.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+    def listen(self) -> None:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     @property
     def number(self) -> int:

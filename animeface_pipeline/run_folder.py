@@ -1,6 +1,7 @@
 """The output folder of a run: who may write to it, what we wrote there, its log, its grids and its checkpoints."""
 
 import errno
+import inspect
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from .cli import BadInput
 from .files import write_aside
 from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
+from .unet_animeface import AnimeFaceUNet2DModel
 
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -117,10 +119,11 @@ class RunFolder:
         return manifest if is_ours else None
 
     def _remove_what_we_wrote(self) -> None:
+        kept = self._card_is_edited()
         for name in self.manifest["wrote"]:
             path = self.path / name
-            if name == "README.md" and path.is_file() and not is_our_card(path.read_text(encoding="utf-8")):
-                continue  # somebody edited it
+            if kept and _is_of_card(name):
+                continue
             if path.is_dir() and (name == "logs" or name.startswith("checkpoint-")):
                 shutil.rmtree(path)
             elif path.is_file():
@@ -159,9 +162,15 @@ class RunFolder:
         self.wrote(pictures)
 
     def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes]) -> None:
+        card = {} if self._card_is_edited() else card
         pipeline.save_pretrained(self.path, card=card)
         files = {file for pattern in PUBLISHED_FILES for file in self.path.glob(pattern)}
-        self.wrote(file.relative_to(self.path).as_posix() for file in files)
+        names = {file.relative_to(self.path).as_posix() for file in files}
+        self.wrote(name for name in names if name in card or not _is_of_card(name))
+
+    def _card_is_edited(self) -> bool:
+        card = self.path / "README.md"
+        return card.is_file() and not is_our_card(card.read_text(encoding="utf-8"))
 
     # ---- checkpoints: by all processes ----
 
@@ -183,7 +192,7 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
             os.replace(aside, self.path / name)
             self.wrote([name])
-            for old in self.checkpoints()[:-keep]:
+            for old in [folder for folder in self.checkpoints() if _step_of(folder) <= step][:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
 
         is_main = self.accelerator.is_main_process
@@ -215,11 +224,11 @@ class RunFolder:
             self.accelerator.print(f"{self.path}: no whole checkpoint yet, starting from the beginning")
         else:
             step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
-            try:
-                self.accelerator.load_state(str(folder))
-            except (RuntimeError, ValueError, KeyError) as error:
-                reason = str(error).splitlines()[0]
-                raise BadInput(f"--resume_from_checkpoint {folder}: is of another network ({reason})") from error
+            problem = self._error_of_any(lambda: self.accelerator.load_state(str(folder)))
+            if problem is not None:
+                raise BadInput(
+                    f"--resume_from_checkpoint {folder}: cannot be loaded ({problem}); give the same flags as before"
+                )
             self.accelerator.print(f"going on from {folder}, {step} updates done")
         return step
 
@@ -228,8 +237,8 @@ class RunFolder:
         if (self.path / "log.jsonl").exists():
             kept = b"".join(line for line, entry in self._log_lines() if entry["step"] <= step)
             write_aside(self.path / "log.jsonl", kept)
-        for later in self.checkpoints():
-            if _step_of(later) > step:
+        for later in self.checkpoints() if step > 0 else []:
+            if _step_of(later) > step and later.name in self.manifest["wrote"]:
                 print(f"removing {later}: the run goes on from before it")
                 shutil.rmtree(later, ignore_errors=True)
 
@@ -237,13 +246,12 @@ class RunFolder:
         """Compare with the recipe that the run began with: refuse what its state cannot take, tell of the rest."""
         before, now = _flat(self.manifest.get("recipe", {})), _flat(json.loads(json.dumps(recipe)))
         for key in (key for key in now if key in before and now[key] != before[key]):
-            change = f"{before[key]} when the run began, now {now[key]}"
             if key.split(".")[0] in FITS_THE_STATE:
                 raise BadInput(
-                    f"--resume_from_checkpoint: {key} was {change}; give the recipe that the run began with, or"
-                    " another --output_dir"
+                    f"--resume_from_checkpoint: {key} was {before[key]} and is {now[key]} now; give the same flags as"
+                    " before, or another --output_dir"
                 )
-            print(f"{key}: {change}")
+            print(f"{key}: {before[key]} until now, {now[key]} from here on")
 
     def _whole_checkpoint(self, which: str) -> Path | None:
         if which != "latest":
@@ -266,10 +274,21 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def _is_of_card(name: str) -> bool:
+    return name == "README.md" or name.startswith("assets/")
+
+
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The network's arguments as keys of their own, `unet.block_out_channels`."""
-    network = {f"unet.{key}": value for key, value in recipe.get("unet", {}).items()}
-    return {key: value for key, value in recipe.items() if key != "unet"} | network
+    """The network's arguments, those left at their defaults too, as keys of their own: `unet.block_out_channels`."""
+    if "unet" not in recipe:
+        return recipe
+    parameters = inspect.signature(AnimeFaceUNet2DModel.__init__).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
+    network = {**json.loads(json.dumps(defaults)), **recipe["unet"]}
+    del network["sample_size"]  # the resolution
+    return {key: value for key, value in recipe.items() if key != "unet"} | {
+        f"unet.{k}": v for k, v in network.items()
+    }
 
 
 def _incomplete(folder: Path) -> str | None:

@@ -136,7 +136,7 @@ class StreamedBatches(Batches):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the blocks in hand begin, in every process. To be called by all of them."""
-        return {"starts": gather_object([self._known_starts()])}
+        return {"starts": gather_object([self._known_starts()]), "size": self.size}
 
     def _known_starts(self) -> dict[int, dict[str, Any]]:
         for block in self.blocks.values():
@@ -144,6 +144,8 @@ class StreamedBatches(Batches):
         return dict(self.starts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (len(state["starts"]), state.get("size", self.size)) != (self.num_processes, self.size):
+            raise BadInput("--streaming: a run goes on with as large a batch and as many processes as it began with")
         self.starts = state["starts"][self.process_index]
         self.blocks, self.stream = {}, None
 

@@ -50,7 +50,9 @@ def test_a_folder_may_have_any_name_and_hold_other_files(
         draw_face(len(name), 32).save(folder / name, "PNG")
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "the only one that is named here"}')
     (folder / "notes.txt").write_text("not a picture")
-    (folder / ".hidden").write_text("of the file manager")
+    for name in (".hidden", ".git/config", "__MACOSX/a.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("of other programs")
     monkeypatch.chdir(tmp_path)
     assert len(load(Path(folder.name), tmp_path)) == 2
     expected = "left out 2 files whose names do not end as pictures' do: no_suffix; notes.txt"
@@ -70,7 +72,7 @@ def test_an_empty_row_of_a_data_set_is_skipped_and_numbered(tmp_path: Path, caps
         dataset_name=str(tmp_path / "hub"), resolution=16, cache_dir=tmp_path / "cache", show_progress=False
     )
     assert len(pictures) == 301
-    assert "skipped 1 pictures that cannot be decoded: picture 300" in capsys.readouterr().out
+    assert "skipped 1 pictures that cannot be decoded: picture 300: Unidentified" in capsys.readouterr().out
 
 
 def test_the_cache_is_used_again_and_made_anew_when_the_folder_or_the_settings_change(

@@ -172,7 +172,7 @@ BAD_CALLS = [
     ({"image": torch.full((3, 8, 8), float("nan"))}, r"\[0, 1\]"),
     ({"strength": 0}, "strength=0: must be a number above 0 and up to 1"),
     ({"strength": 1.5}, "strength=1.5"),
-    ({"strength": 0.01, "num_inference_steps": 50}, "at least 1/50"),
+    ({"strength": 0.01, "num_inference_steps": 50}, "more than 1/50"),
     ({"num_inference_steps": 2000}, "num_inference_steps=2000"),
     ({"generator": [seeded(), seeded()]}, "2 generators for batch_size=1"),
     ({"output_type": "latent"}, "output_type='latent'"),

@@ -154,6 +154,14 @@ def test_all_kinds_of_mask_are_the_same_to_it() -> None:
     assert pipe.preprocess_mask([picture, picture]).shape == (2, 1, 8, 8)
 
 
+def test_a_mask_drawn_on_a_transparent_layer_is_what_was_drawn() -> None:
+    layer = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (4, 0, 8, 8))
+    ones = right_half()[0].numpy().astype(np.uint8)
+    for mask in (layer, layer.convert("LA"), ones, ones.astype(np.int64), ones * 255):
+        assert torch.equal(painter().preprocess_mask(mask).float(), right_half())
+
+
 def test_one_mask_for_all_or_one_picture_for_all() -> None:
     pipe, call = painter(), {"num_inference_steps": 2, "jump_n_sample": 1, "output_type": "pt"}
     masks = torch.cat([right_half(), 1 - right_half()])
@@ -167,7 +175,7 @@ BAD_CALLS = [
     ({"mask_image": torch.zeros(1, 1, 4, 4)}, r"mask_image has the shape \(1, 1, 4, 4\): expected"),
     ({"mask_image": torch.zeros(1, 3, 8, 8)}, "mask_image has the shape"),
     ({"mask_image": []}, "mask_image: an empty list"),
-    ({"mask_image": np.eye(8, dtype=np.uint8)[None]}, r"mask_image: .* bools, floats in \[0, 1\]"),
+    ({"mask_image": np.full((1, 8, 8), 2.0)}, r"mask_image: .* bools, floats in \[0, 1\]"),
     ({"mask_image": torch.full((1, 1, 8, 8), float("nan"))}, "bools, floats"),
     ({"mask_image": "mask.png"}, "incorrect format"),
     ({"image": np.zeros((8, 8, 3), np.uint8)}, "floats"),

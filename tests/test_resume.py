@@ -1,5 +1,6 @@
 """A run that is killed, stopped or short of disk goes on, and ends as the run that was never interrupted."""
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from trainer import Trainer
 
@@ -179,6 +181,30 @@ def test_a_setting_that_the_state_cannot_take_is_refused(
     assert sorted(path.name for path in trainer.output.rglob("*")) == before
 
 
+def test_the_network_is_compared_with_its_defaults_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trainer = trainer_for(tmp_path, 2)
+    assert trainer() == 0
+    recipe = yaml.safe_load(trainer.recipe.read_text())
+    recipe["unet"]["attention_norm"] = True
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(recipe))
+    assert trainer("--config", other, "--max_train_steps", 4, *RESUME) == 2
+    assert "unet.attention_norm was False and is True now" in capsys.readouterr().err
+
+
+def test_precision_that_the_checkpoint_has_no_state_for_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = trainer_for(tmp_path, 4)
+    assert trainer("--max_train_steps", 2) == 0
+    (trainer.output / "checkpoint-2" / "custom_checkpoint_2.pkl").unlink()
+    state = json.loads((trainer.output / "checkpoint-2" / "checkpoint.json").read_text())
+    del state["files"]["custom_checkpoint_2.pkl"]  # as if the run had been one without EMA
+    (trainer.output / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(state))
+    assert trainer(*RESUME) == 2
+    assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_other_settings_take_effect_from_there_on_and_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +223,7 @@ def test_other_settings_take_effect_from_there_on_and_are_told(
     monkeypatch.setattr(run, "settings_over_state", spy)
     flags = ("--learning_rate", 5e-4, "--adam_beta2", 0.9, "--ema_max_decay", 0.5)
     assert trainer(*flags, *RESUME) == 0
-    assert "learning_rate: 0.001 when the run began, now 0.0005" in capsys.readouterr().out
+    assert "learning_rate: 0.001 until now, 0.0005 from here on" in capsys.readouterr().out
     assert [entry["learning_rate"] for entry in trainer.log()] == [5e-4, 1e-3, 5e-4, 5e-4]  # the first is warm-up
     ((group, decay),) = seen
     assert group["betas"] == (0.9, 0.9) and decay == 0.5
@@ -207,7 +233,7 @@ def test_fewer_updates_than_are_done_are_refused(tmp_path: Path, capsys: pytest.
     trainer = trainer_for(tmp_path, 4)
     assert trainer() == 0
     assert trainer("--max_train_steps", 3, *RESUME) == 2
-    assert "--max_train_steps 3: 4 updates are done already" in capsys.readouterr().err
+    assert "4 updates are done already, and these settings want 3 in all" in capsys.readouterr().err
 
 
 def test_an_unreadable_line_of_the_log_is_left_out(tmp_path: Path) -> None:

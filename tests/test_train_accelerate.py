@@ -123,13 +123,18 @@ def test_overwriting_removes_only_what_a_former_run_wrote(trainer: Trainer, caps
     (trainer.output / "samples" / "mine.png").write_text("mine")
     (trainer.output / "notes.txt").write_text("mine")
     (trainer.output / "empty").mkdir()
+    (trainer.output / "assets" / "mine.png").write_text("mine")
+    (trainer.output / "checkpoint-99").mkdir()
+    (trainer.output / "checkpoint-99" / "mine").write_text("mine")
+    pictures = {path: path.read_bytes() for path in (trainer.output / "assets").iterdir()}
     (trainer.output / "README.md").write_text("a card that I wrote myself")
     assert trainer() == 2
     assert "add --resume_from_checkpoint latest" in capsys.readouterr().err
     assert trainer("--overwrite_output_dir", "--max_train_steps", 1) == 0
     assert (trainer.output / "samples" / "mine.png").read_text() == "mine"
     assert (trainer.output / "notes.txt").read_text() == "mine"
-    assert (trainer.output / "empty").is_dir()
+    assert (trainer.output / "empty").is_dir() and (trainer.output / "checkpoint-99" / "mine").is_file()
+    assert all(path.read_bytes() == data for path, data in pictures.items())  # of the card, which stays
     assert (trainer.output / "README.md").read_text() == "a card that I wrote myself"
     assert not (trainer.output / "checkpoint-6").exists()
     assert not (trainer.output / "samples" / "step-00000006.png").exists()
