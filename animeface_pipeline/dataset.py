@@ -208,9 +208,8 @@ def _decode(start: int, images: list[dict | None], resolution: int) -> list[tupl
         image = row or NO_PICTURE
         path = image["path"] or f"picture {number}"
         try:
-            results.append(
-                (path, to_pixels(path if image["bytes"] is None else io.BytesIO(image["bytes"]), resolution))
-            )
+            file = path if image["bytes"] is None else io.BytesIO(image["bytes"])
+            results.append((path, to_pixels(file, resolution)))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … for broken files
             results.append((path, f"{type(error).__name__}: {error}"))
     return results

@@ -286,9 +286,8 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
     network = {**json.loads(json.dumps(defaults)), **recipe["unet"]}
     del network["sample_size"]  # the resolution
-    return {key: value for key, value in recipe.items() if key != "unet"} | {
-        f"unet.{k}": v for k, v in network.items()
-    }
+    others = {key: value for key, value in recipe.items() if key != "unet"}
+    return others | {f"unet.{key}": value for key, value in network.items()}
 
 
 def _incomplete(folder: Path) -> str | None:
