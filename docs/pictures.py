@@ -15,7 +15,7 @@ from animeface_pipeline.interpolate import draw_from_noise, interpolate, invert,
 from animeface_pipeline.schedulers import switch_scheduler
 
 HERE = Path(__file__).parent
-ONE, OTHER, THIRD = 41, 15, 2  # seeds
+ONE, OTHER, THIRD = 43, 3, 21  # seeds
 EYES, HAIR = (8, 26, 56, 46), (0, 0, 64, 26)  # left, upper, right, lower
 STRENGTHS = [0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
 COLUMNS = 10
