@@ -26,7 +26,6 @@ from .picture_rules import square, to_rgb
 MAX_PIXELS = 100_000_000  # a picture that claims more is refused before it is decoded
 # For `datasets`: folders are no classes, and a file metadata.jsonl does not say which pictures there are.
 PICTURES_ONLY = {"drop_labels": True, "drop_metadata": True}
-ONE_SOURCE = "give either --train_data_dir, a folder of pictures, or --dataset_name, a data set on the Hub"
 NO_PICTURE: dict[str, Any] = {"path": None, "bytes": b""}  # a row of a data set may be empty
 CACHE_VERSION = 2  # counted up when the decoding below changes
 
@@ -79,8 +78,7 @@ def load_pictures(
         except OSError as error:
             raise BadInput(f"--cache_dir {root}: cannot be written ({error.strerror or error})") from error
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    if index["skipped"]:
-        skipped = index["skipped"]
+    if skipped := index["skipped"]:
         print(f"{name}: skipped {len(skipped)} pictures that cannot be decoded: {_shown(skipped)}")
     shape = (index["num_pictures"], 3, resolution, resolution)
     return torch.from_numpy(np.memmap(folder / "pictures.uint8", np.uint8, mode="c", shape=shape))
@@ -91,8 +89,7 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
     import datasets  # takes seconds
 
     datasets.disable_progress_bars()
-    if (folder is None) == (dataset_name is None):
-        raise BadInput(ONE_SOURCE)
+    check_one_source(folder, dataset_name)
     try:
         if folder is not None:
             files = files_of(folder, split)
@@ -109,20 +106,28 @@ def _open_rows(folder: str | None, dataset_name: str | None, config_name: str | 
     return picture_column(loaded, dataset_name)
 
 
+def check_one_source(folder: str | None, dataset_name: str | None) -> None:
+    if (folder is None) == (dataset_name is None):
+        raise BadInput("give either --train_data_dir, a folder of pictures, or --dataset_name, a data set on the Hub")
+
+
 def files_of(folder: str, split: str) -> dict[str, str]:
     """A folder's pictures as `data_files`. Left alone, `datasets` would take a file test_1.png for the test split."""
     if not Path(folder).is_dir():
         raise BadInput(f"--train_data_dir {folder}: no such folder")
-    has_splits = Path(folder, "train").is_dir()
-    if split != "train" and not (has_splits and Path(folder, split).is_dir()):
+    if split != "train" and not (Path(folder, "train").is_dir() and Path(folder, split).is_dir()):
         raise NoSuchSplit(f"--train_data_dir {folder}: has no folders train and {split}")
-    base = Path(folder, split) if has_splits else Path(folder)
-    return {split: f"{glob.escape(str(base.resolve()))}/**"}
+    return {split: f"{glob.escape(str(_folder_of(folder, split)))}/**"}
+
+
+def _folder_of(folder: str, split: str) -> Path:
+    """Where the pictures of a split are: in a folder of its name, if the folder has splits."""
+    return (Path(folder, split) if Path(folder, "train").is_dir() else Path(folder)).resolve()
 
 
 def _other_files(folder: str, split: str, rows: Any) -> list[str]:
     """What lies among a folder's pictures without being read; what is hidden and a data set's metadata aside."""
-    base = (Path(folder, split) if Path(folder, "train").is_dir() else Path(folder)).resolve()
+    base = _folder_of(folder, split)
     read = {Path(row["path"]) for row in rows.with_format(None)["image"]}
     others = (path for path in base.rglob("*") if path not in read and path.stem != "metadata" and path.is_file())
     names = (path.relative_to(base) for path in others)
@@ -160,14 +165,13 @@ def _fingerprint(rows: Any, resolution: int) -> str:
     """Changes when a file is added, removed or rewritten, when the resolution changes, or the decoding."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {resolution} {len(rows)}".encode())
     for row in rows.with_format(None)["image"]:
-        path = row and row["path"]
-        if row is None:
-            digest.update(b"no picture")
-        elif row["bytes"] is None:
+        image = row or NO_PICTURE
+        path = image["path"]
+        if image["bytes"] is None:
             stat = os.stat(path)
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
         else:
-            digest.update(hashlib.sha256(row["bytes"]).digest())
+            digest.update(hashlib.sha256(image["bytes"]).digest())
     return digest.hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -498,9 +499,8 @@ class AnimeFacePipeline(DiffusionPipeline):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def _write_card(self, folder: Path, card: Mapping[str, str | bytes] | None, token: str | None) -> None:
-        readme = folder / "README.md"
-        if readme.is_file() and not is_our_card(readme.read_text(encoding="utf-8")):
-            return  # somebody edited it, and its pictures are theirs too
+        if has_edited_card(folder):
+            return  # its pictures are somebody's own, too
         for name, content in (self._former_card(folder, token) if card is None else card).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -525,7 +525,10 @@ class AnimeFacePipeline(DiffusionPipeline):
 
 
 def fit_pictures(image: Any, size: int, mode: str, name: str) -> Any:
-    """Pictures upright, on white (masks, of mode L, on black), the centred square; arrays and tensors as they are."""
+    """Pictures upright, on white (masks, of mode L, on black), the centred square; arrays and tensors as they are.
+
+    `picture_rules.to_rgb` does more of the kind for files, but cannot be called from here: this module stands alone.
+    """
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError(f"{name}: an empty list")
@@ -691,9 +694,9 @@ def upload_folder_as_pipeline(
     if card is not None:
         files["README.md"] = card.encode()
     else:  # its pictures stay as well
-        files = {name: file for name, file in files.items() if not (name in there and name.startswith("assets/"))}
-    if card is None and card_here:
-        logger.warning(f"{repo_id} keeps its README.md, which somebody edited")
+        files = {name: file for name, file in files.items() if not (name in there and is_of_card(name))}
+        if card_here:
+            logger.warning(f"{repo_id} keeps its README.md, which somebody edited")
 
     # 3. former weights of the same variant that would be loaded instead of these
     variants = {_variant(name) for name in files}
@@ -770,3 +773,14 @@ def sign_card(text: str) -> str:
 def is_our_card(text: str) -> bool:
     """Whether nobody changed the card since we signed it."""
     return text.strip() == sign_card(text).strip() and _SIGNATURE.search(text) is not None
+
+
+def has_edited_card(folder: Path) -> bool:
+    """Whether there is a card that somebody changed, or wrote."""
+    card = folder / "README.md"
+    return card.is_file() and not is_our_card(card.read_text(encoding="utf-8"))
+
+
+def is_of_card(name: str) -> bool:
+    """Whether a file of a pipeline's folder, by its relative name, is its card or one of the card's pictures."""
+    return any(fnmatchcase(name, pattern) for pattern in CARD_FILES)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from .cli import BadInput
 from .files import write_aside
-from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, is_our_card
+from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, has_edited_card, is_of_card
 from .unet_animeface import AnimeFaceUNet2DModel
 
 # What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
@@ -119,10 +119,10 @@ class RunFolder:
         return manifest if is_ours else None
 
     def _remove_what_we_wrote(self) -> None:
-        kept = self._card_is_edited()
+        kept = has_edited_card(self.path)
         for name in self.manifest["wrote"]:
             path = self.path / name
-            if kept and _is_of_card(name):
+            if kept and is_of_card(name):
                 continue
             if path.is_dir() and (name == "logs" or name.startswith("checkpoint-")):
                 shutil.rmtree(path)
@@ -162,15 +162,11 @@ class RunFolder:
         self.wrote(pictures)
 
     def save_pipeline(self, pipeline: AnimeFacePipeline, card: dict[str, str | bytes]) -> None:
-        card = {} if self._card_is_edited() else card
+        card = {} if has_edited_card(self.path) else card
         pipeline.save_pretrained(self.path, card=card)
         files = {file for pattern in PUBLISHED_FILES for file in self.path.glob(pattern)}
         names = {file.relative_to(self.path).as_posix() for file in files}
-        self.wrote(name for name in names if name in card or not _is_of_card(name))
-
-    def _card_is_edited(self) -> bool:
-        card = self.path / "README.md"
-        return card.is_file() and not is_our_card(card.read_text(encoding="utf-8"))
+        self.wrote(name for name in names if name in card or not is_of_card(name))
 
     # ---- checkpoints: by all processes ----
 
@@ -219,17 +215,16 @@ class RunFolder:
         folder = self._whole_checkpoint(which)
         if len(set(gather_object([folder and folder.name]))) > 1:
             raise BadInput(f"--output_dir {self.path}: {NOT_SHARED}")
-        step = 0
         if folder is None:
             self.accelerator.print(f"{self.path}: no whole checkpoint yet, starting from the beginning")
-        else:
-            step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
-            problem = self._error_of_any(lambda: self.accelerator.load_state(str(folder)))
-            if problem is not None:
-                raise BadInput(
-                    f"--resume_from_checkpoint {folder}: cannot be loaded ({problem}); give the same flags as before"
-                )
-            self.accelerator.print(f"going on from {folder}, {step} updates done")
+            return 0
+        problem = self._error_of_any(lambda: self.accelerator.load_state(str(folder)))
+        if problem is not None:
+            raise BadInput(
+                f"--resume_from_checkpoint {folder}: cannot be loaded ({problem}); give the same flags as before"
+            )
+        step = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["step"]
+        self.accelerator.print(f"going on from {folder}, {step} updates done")
         return step
 
     def forget_after(self, step: int) -> None:
@@ -243,8 +238,9 @@ class RunFolder:
                 shutil.rmtree(later, ignore_errors=True)
 
     def check_recipe(self, recipe: dict[str, Any]) -> None:
-        """Compare with the recipe that the run began with: refuse what its state cannot take, tell of the rest."""
-        before, now = _flat(self.manifest.get("recipe", {})), _flat(json.loads(json.dumps(recipe)))
+        """Compare with the recipe of the run until now: refuse what its state cannot take, tell of the rest."""
+        recipes = (self.manifest.get("recipe", {}), recipe)
+        before, now = (json.loads(json.dumps(_flat(each))) for each in recipes)  # JSON knows no tuples
         for key in (key for key in now if key in before and now[key] != before[key]):
             if key.split(".")[0] in FITS_THE_STATE:
                 raise BadInput(
@@ -274,17 +270,13 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _is_of_card(name: str) -> bool:
-    return name == "README.md" or name.startswith("assets/")
-
-
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """The network's arguments, those left at their defaults too, as keys of their own: `unet.block_out_channels`."""
     if "unet" not in recipe:
         return recipe
     parameters = inspect.signature(AnimeFaceUNet2DModel.__init__).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
-    network = {**json.loads(json.dumps(defaults)), **recipe["unet"]}
+    network = {**defaults, **recipe["unet"]}
     del network["sample_size"]  # the resolution
     others = {key: value for key, value in recipe.items() if key != "unet"}
     return others | {f"unet.{key}": value for key, value in network.items()}

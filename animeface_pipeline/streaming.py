@@ -19,10 +19,10 @@ from .cli import BadInput
 from .config import TrainingConfig
 from .dataset import (
     NO_PICTURE,
-    ONE_SOURCE,
     PICTURES_ONLY,
     Batches,
     NoSuchSplit,
+    check_one_source,
     explain_unreadable,
     files_of,
     picture_column,
@@ -174,8 +174,7 @@ def build_streamed_batches(config: TrainingConfig, **kwargs: Any) -> StreamedBat
     """The batches of `--streaming`; `kwargs` as in [`Batches`]."""
     from datasets.distributed import split_dataset_by_node
 
-    if (config.train_data_dir is None) == (config.dataset_name is None):
-        raise BadInput(ONE_SOURCE)
+    check_one_source(config.train_data_dir, config.dataset_name)
     if config.max_train_steps is None:
         raise BadInput("--streaming: nobody knows how long an epoch is; say how many updates with --max_train_steps")
     rows = open_stream(config, "train")
