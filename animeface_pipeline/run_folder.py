@@ -8,7 +8,9 @@ import secrets
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,8 @@ class RunFolder:
 
         def publish() -> None:
             sizes = {p.relative_to(aside).as_posix(): p.stat().st_size for p in aside.rglob("*") if p.is_file()}
-            write_aside(aside / "checkpoint.json", json.dumps({"step": step, "files": sizes}, indent=2).encode())
+            state = {"step": step, "files": sizes, "crc32": _checksums(aside, sizes)}
+            write_aside(aside / "checkpoint.json", json.dumps(state, indent=2).encode())
             shutil.rmtree(self.path / name, ignore_errors=True)  # of the same step, from before a resume
             os.replace(aside, self.path / name)
             self.wrote([name])
@@ -292,4 +295,20 @@ def _incomplete(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
             return f"not a whole checkpoint, {name} is missing or truncated"
-    return None
+    written = state.get("crc32", {})  # which the first checkpoints did not have
+    damaged = [name for name, crc32 in _checksums(folder, written).items() if crc32 != written[name]]
+    return f"damaged, {damaged[0]} is not what was written" if damaged else None
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """The CRC-32 of each file: a power cut may leave one that is long enough, with zeros in it."""
+
+    def crc32(name: str) -> int:
+        checksum = 0
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(1 << 20):
+                checksum = zlib.crc32(chunk, checksum)
+        return checksum
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(crc32, names)))

@@ -148,6 +148,23 @@ def test_latest_skips_an_incomplete_checkpoint_and_says_so(tmp_path: Path, capsy
     assert [entry["step"] for entry in trainer.log()] == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_latest_skips_a_damaged_checkpoint_and_its_name_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As a power cut may leave it: of the right size, with zeros where the data should be."""
+    trainer = trainer_for(tmp_path, 6)
+    assert trainer() == 0
+    file = trainer.output / "checkpoint-6" / name
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    capsys.readouterr()
+    assert trainer("--max_train_steps", 7, "--resume_from_checkpoint", "checkpoint-6") == 2
+    assert f"checkpoint-6: damaged, {name} is not what was written; try latest" in capsys.readouterr().err
+    assert trainer("--max_train_steps", 7, *RESUME) == 0
+    assert "checkpoint-4, 4 updates done" in capsys.readouterr().out
+
+
 def test_going_on_from_an_earlier_checkpoint_forgets_what_came_after_it(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -199,7 +216,8 @@ def test_precision_that_the_checkpoint_has_no_state_for_is_one_line(
     assert trainer("--max_train_steps", 2) == 0
     (trainer.output / "checkpoint-2" / "custom_checkpoint_2.pkl").unlink()
     state = json.loads((trainer.output / "checkpoint-2" / "checkpoint.json").read_text())
-    del state["files"]["custom_checkpoint_2.pkl"]  # as if the run had been one without EMA
+    for of_files in (state["files"], state["crc32"]):
+        del of_files["custom_checkpoint_2.pkl"]  # as if the run had been one without EMA
     (trainer.output / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(state))
     assert trainer(*RESUME) == 2
     assert "cannot be loaded" in capsys.readouterr().err.splitlines()[-1]
