@@ -140,6 +140,9 @@ def _shown(names: list[str]) -> str:
 
 def explain_unreadable(folder: str | None, dataset_name: str | None, error: Exception) -> BadInput:
     """What `datasets` could not read, in one line."""
+    paths = (Path(folder).resolve(), *Path(folder).rglob("*::*")) if folder else ()
+    if odd := next((path for path in paths if "::" in str(path)), None):
+        return BadInput(f"--train_data_dir {folder}: `datasets` cannot read a name with :: in it; rename {odd}")
     what = f"--train_data_dir {folder}: no pictures" if folder else f"--dataset_name {dataset_name}: cannot be read"
     return BadInput(f"{what} ({type(error).__name__}: {str(error).splitlines()[0]})")
 

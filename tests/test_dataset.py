@@ -59,6 +59,15 @@ def test_a_folder_may_have_any_name_and_hold_other_files(
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["faces/a::b.png", "fa::ces/a.png"])
+def test_a_name_that_datasets_cannot_read_is_named(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir()
+    draw_face(0, 16).save(file)
+    with pytest.raises(BadInput, match="cannot read a name with :: in it; rename .*::"):
+        load(file.parent, tmp_path)
+
+
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "grey.png")
     assert set(to_pixels(tmp_path / "grey.png", 16)) == {128}
