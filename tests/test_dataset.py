@@ -64,7 +64,7 @@ def test_a_name_that_datasets_cannot_read_is_named(name: str, tmp_path: Path) ->
     file = tmp_path / name
     file.parent.mkdir()
     draw_face(0, 16).save(file)
-    with pytest.raises(BadInput, match="cannot read a name with :: in it; rename .*::"):
+    with pytest.raises(BadInput, match=r"cannot read a name with :: in it; rename .*::"):
         load(file.parent, tmp_path)
 
 
