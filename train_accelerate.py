@@ -6,7 +6,7 @@
 
 Without --config the recipe is the original's: 169 million parameters, 64×64 pixels, 50 epochs of batches of 64. A flag
 goes over the recipe. Exit codes: 0 done, 2 bad input, 3 only the push failed, 4 stopped by updates that were not
-finite, 128 + n saved after signal n.
+finite, 128 + n stopped by signal n: the last line says whether it could save.
 """
 
 from contextlib import nullcontext

@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NoReturn
 
-# The exit codes of every command. 128 + n: everything was saved after signal n.
+# The exit codes of every command. 128 + n: stopped by signal n; the message says what was saved.
 EXIT_DONE = 0
 EXIT_BAD_INPUT = 2
 EXIT_PUSH_FAILED = 3  # everything is on disk, only the push to the Hub failed
@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that shows its defaults and answers a wrong flag with one line."""
+    """An argument parser that keeps the lines of its description and answers a wrong flag with one line."""
 
     def __init__(self, description: str | None = None, **kwargs: object) -> None:
         # allow_abbrev: a shortened flag would silently change its meaning when another flag is added

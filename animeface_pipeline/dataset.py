@@ -261,7 +261,7 @@ class Batches:
         train_batch_size (`int`): Pictures per process and accumulation step.
         seed (`int`): Of the order, timesteps, flips and noise.
         value_range (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`): What 0 and 255 become.
-        random_flip (`bool`, *optional*, defaults to `True`): Whether to mirror every other picture.
+        random_flip (`bool`, *optional*, defaults to `True`): Whether to mirror half of the pictures, by chance.
         num_train_timesteps (`int`, *optional*, defaults to `1000`): Timesteps are uniform in [0, this).
         gradient_accumulation_steps, num_processes, process_index (`int`, *optional*): Of this process's share.
         device (`torch.device`, *optional*): Where the batches are made; a GPU's noise differs from a CPU's.

@@ -183,8 +183,8 @@ def memorisation(
     Returns:
         `tuple[dict, PIL.Image.Image]`: the median ratio and that of the held-out pictures; `"suspects"`, the share of
         pictures with a ratio below that of 99 of 100 held-out ones (0.01 is expected of a model that remembers none);
-        and a picture of the 16 closest: in each row what was drawn, the nearest training picture, the nearest
-        held-out one.
+        and a picture of the 16 closest, two in a row, each as what was drawn, the nearest training picture, the
+        nearest held-out one.
     """
     to_train, place = nearest(pictures, train)
     to_held_out, other_place = nearest(pictures, held_out)

@@ -99,7 +99,7 @@ class AnimeFaceUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             "attention_norm": attention_norm,
         }
 
-        # 1. time: sinusoids of the timestep, sines first (Vaswani et al. 2017, section 3.5), then two linear layers
+        # 1. time: sinusoids of the timestep (Vaswani et al. 2017, section 3.5; sines first), then two linear layers
         self.time_proj = Timesteps(widths[0], flip_sin_to_cos=False, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(widths[0], temb_channels)
 
