@@ -22,6 +22,10 @@ class BadInput(ValueError):
     """Input that a command refuses; the message names the thing, the rule and the way out in one line."""
 
 
+class BadInputHere(BadInput):
+    """Met by one process of several, which alone can tell of it."""
+
+
 class Stopped(Exception):
     """The command ends early but in order: the reason for a person, and the exit code."""
 
@@ -54,7 +58,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
         try:
             sys.exit(main(*args, **kwargs) or EXIT_DONE)
         except (BadInput, Stopped) as error:
-            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            # of several processes, one speaks on each machine, which may be the only one that lacks something
+            if isinstance(error, BadInputHere) or os.environ.get("LOCAL_RANK", "0") == "0":
                 prefix = "error: " if isinstance(error, BadInput) else ""
                 print(prefix + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, Stopped) else EXIT_BAD_INPUT)

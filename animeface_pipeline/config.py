@@ -103,7 +103,9 @@ class TrainingConfig:
     ema_inv_gamma: float = recipe("inverse gamma of the EMA's warm-up", more_than(0))
     ema_power: float = recipe("power of the EMA's warm-up", more_than(0))
     ema_max_decay: float = recipe("decay of the EMA after its warm-up", within(0, 1))
-    mixed_precision: str = recipe("bf16 needs an Ampere GPU or newer, or a CPU with AVX-512; fp16 a GPU", one_of("no", "fp16", "bf16"))
+    mixed_precision: str = recipe(
+        "bf16 needs an Ampere GPU or newer or a CPU with AVX-512, fp16 any GPU", one_of("no", "fp16", "bf16")
+    )
     channels_last: bool = recipe("keep weights and activations with the channels last in memory")
     torch_compile: str | None = recipe("compile the network in this mode, or none", one_of(*COMPILE_MODES))
     allow_tf32: bool = recipe(

@@ -40,8 +40,8 @@ def draw_curves(entries: Sequence[Mapping[str, Any]]) -> bytes:
     numbers = [flat(entry) for entry in entries]
     lines = {key: [(e["step"], e[key]) for e in numbers if key in e] for keys, _ in PANELS.values() for key in keys}
     panels = {title: panel for title, panel in PANELS.items() if any(lines[key] for key in panel[0])}
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
+    columns = max(1, min(len(panels), 2))
+    rows = max(1, -(-len(panels) // columns))  # of an empty log a picture as well
     figure = Figure(figsize=(7 if columns == 1 else 12, 3 * rows), layout="constrained")
     for number, (title, (keys, logarithmic)) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)

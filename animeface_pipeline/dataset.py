@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ MAX_PIXELS = 100_000_000  # a picture that claims more is refused before it is d
 # For `datasets`: folders are no classes, and a file metadata.jsonl does not say which pictures there are.
 PICTURES_ONLY = {"drop_labels": True, "drop_metadata": True}
 NO_PICTURE: dict[str, Any] = {"path": None, "bytes": b""}  # a row of a data set may be empty
+CHUNK = 1024  # pictures that are in memory at once
 CACHE_VERSION = 2  # counted up when the decoding below changes
 
 
@@ -184,10 +185,12 @@ def _decode_all(rows: Any, folder: Path, resolution: int, name: str, show_progre
     aside.mkdir(parents=True)
     try:
         skipped, count = [], 0
+        chunks = range(0, len(rows), CHUNK)
         with open(aside / "pictures.uint8", "wb") as file, ThreadPoolExecutor() as threads:
-            decoded = threads.map(lambda chunk: _decode(chunk[0], chunk[1], resolution), _in_chunks(rows))
-            for chunk in tqdm(decoded, f"decoding {name}", -(-len(rows) // 256), disable=not show_progress):
-                for path, result in chunk:
+            for start in tqdm(chunks, f"decoding {name}", disable=not show_progress):
+                images = rows[start : start + CHUNK]["image"]  # with their bytes, if these are in the data set itself
+                decoded = threads.map(_decode, range(start, start + CHUNK), images, repeat(resolution))
+                for path, result in decoded:
                     if isinstance(result, str):
                         skipped.append(f"{path}: {result}")
                     else:
@@ -203,23 +206,14 @@ def _decode_all(rows: Any, folder: Path, resolution: int, name: str, show_progre
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _in_chunks(rows: Any, size: int = 256) -> Iterator[tuple[int, list[dict | None]]]:
-    for start in range(0, len(rows), size):
-        yield start, rows[start : start + size]["image"]
-
-
-def _decode(start: int, images: list[dict | None], resolution: int) -> list[tuple[str, bytes | str]]:
-    """Each picture as (path, its pixels channels first) or (path, why not)."""
-    results: list[tuple[str, bytes | str]] = []
-    for number, row in enumerate(images, start):
-        image = row or NO_PICTURE
-        path = image["path"] or f"picture {number}"
-        try:
-            file = path if image["bytes"] is None else io.BytesIO(image["bytes"])
-            results.append((path, to_pixels(file, resolution)))
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … for broken files
-            results.append((path, f"{type(error).__name__}: {error}"))
-    return results
+def _decode(number: int, row: dict | None, resolution: int) -> tuple[str, bytes | str]:
+    """A picture as (path, its pixels channels first) or (path, why not)."""
+    image = row or NO_PICTURE
+    path = image["path"] or f"picture {number}"
+    try:
+        return path, to_pixels(path if image["bytes"] is None else io.BytesIO(image["bytes"]), resolution)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … for broken files
+        return path, f"{type(error).__name__}: {error}"
 
 
 def to_pixels(file: Any, resolution: int) -> bytes:

@@ -778,7 +778,7 @@ def is_our_card(text: str) -> bool:
 def has_edited_card(folder: Path) -> bool:
     """Whether there is a card that somebody changed, or wrote."""
     card = folder / "README.md"
-    return card.is_file() and not is_our_card(card.read_text(encoding="utf-8"))
+    return card.is_file() and not is_our_card(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def is_of_card(name: str) -> bool:

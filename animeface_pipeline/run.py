@@ -6,17 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
-from .cli import EXIT_DONE, EXIT_NON_FINITE, BadInput, Stopped
+from .cli import EXIT_DONE, EXIT_NON_FINITE, BadInput, BadInputHere, Stopped
 from .config import TrainingConfig
 from .curves import draw_curves, flat
 from .dataset import Batches
@@ -48,6 +49,8 @@ from .training import (
 from .validation import Validation
 
 MAX_SKIPPED_IN_A_ROW = 50  # fp16 skips its first updates while it looks for a loss scale
+WAIT_FOR_PICTURES = timedelta(hours=3)  # while one process downloads and decodes them; NCCL's own limit is 10 minutes
+SAME_SIGNAL = 2.0  # seconds, in which a second one is the first, sent on by a launcher to whom it was sent as well
 
 
 @contextmanager
@@ -62,9 +65,15 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
             mixed_precision=config.mixed_precision,
             log_with=trackers or None,
             project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_FOR_PICTURES)],
         )
     except ValueError as error:  # e.g. fp16 without a GPU
         raise BadInput(f"--mixed_precision {config.mixed_precision}: {error}") from error
+    if accelerator.device.type not in ("cpu", "cuda"):
+        raise BadInput(f"training on {accelerator.device.type} was never tried; use accelerate launch --cpu")
+    if accelerator.distributed_type == DistributedType.FSDP and config.channels_last:
+        config.channels_last = False
+        accelerator.print("channels_last: left off, because FSDP takes contiguous weights only")
     if accelerator.device.type == "cpu":
         use_all_cores()
         keep_freed_memory()
@@ -81,7 +90,7 @@ def launched(config: TrainingConfig) -> Iterator[tuple[Accelerator, RunFolder]]:
         on_main_process(accelerator, lambda: folder.claim(config.overwrite_output_dir, resume))
         yield accelerator, folder
     except torch.OutOfMemoryError as error:
-        raise BadInput(
+        raise BadInputHere(
             "the GPU's memory is full: lower --train_batch_size and raise --gradient_accumulation_steps by the same"
             " factor, or add --gradient_checkpointing"
         ) from error
@@ -148,8 +157,10 @@ class Run:
         self.save_again = False  # a checkpoint could not be written
         self.last_grid: Image.Image | None = None
         streamed = batches if isinstance(batches, StreamedBatches) else None
-        parts = (lr_scheduler, self.meter, ema, streamed)
-        accelerator.register_for_checkpointing(*(part for part in parts if part is not None))
+        gathered = [Gathered(part) for part in (self.meter, ema, streamed) if part is not None]
+        accelerator.register_for_checkpointing(lr_scheduler, *gathered)
+        for part in gathered:
+            accelerator.register_save_state_pre_hook(part.gather)
 
     def begin(self) -> None:
         """Open the output folder; go on from a checkpoint if the config says so and there is one."""
@@ -367,17 +378,40 @@ def base_model(config: TrainingConfig) -> str | None:
     return Path(name).resolve().name if name and os.path.isdir(name) else name
 
 
+class Gathered:
+    """A part of a checkpoint whose state is gathered from all processes: before any of them writes, because one that
+    cannot write does not come to a later gathering, and the others would wait for it."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+        self.state: dict[str, Any] = {}
+
+    def gather(self, *_: Any) -> None:
+        self.state = self.part.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        state, self.state = self.state, {}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.part.load_state_dict(state)
+
+
 class Signals:
-    """Notes SIGTERM and SIGINT, and the end of the launcher, so that the loop can finish its update and save."""
+    """Notes SIGTERM, SIGINT, SIGHUP, and the end of the launcher, so that the loop can finish its update and save."""
 
     def __init__(self) -> None:
         self._number = 0
+        self._noted_at = 0.0
         self._before: dict[int, Any] = {}
         # Set by `accelerate launch`: then our parent is the launcher, which dies of a SIGTERM without telling us.
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def listen(self) -> None:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     @property
     def number(self) -> int:
@@ -387,9 +421,12 @@ class Signals:
         return self._number
 
     def _note(self, number: int, frame: object) -> None:
-        self._number = number
-        self.restore()  # a second signal ends the program at once
-        print("\nfinishing this update and saving; once more to stop without saving", file=sys.stderr)
+        if self._number == 0:
+            self._number, self._noted_at = number, time.monotonic()
+            print("\nfinishing this update and saving; once more to stop without saving", file=sys.stderr)
+        elif time.monotonic() - self._noted_at > SAME_SIGNAL:
+            self.restore()
+            signal.raise_signal(number)  # ends the program at once
 
     def restore(self) -> None:
         for number, handler in self._before.items():

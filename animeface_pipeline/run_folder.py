@@ -19,14 +19,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .cli import BadInput
 from .files import write_aside
 from .pipeline_animeface import PUBLISHED_FILES, AnimeFacePipeline, has_edited_card, is_of_card
 from .unet_animeface import AnimeFaceUNet2DModel
 
-# What writing raises when the disk is full or the folder is gone: Python, torch.save and safetensors in turn.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# What writing raises when the disk is full or the folder is gone: Python, torch.save, safetensors, and FSDP in turn.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 NOT_SHARED = "is not one folder for all processes; choose one that all machines share"
 FITS_THE_STATE = ("unet", "resolution", "value_range", "prediction_type", "use_ema")  # what a resumed run must keep
 SEEN_WITHIN = 90  # seconds, in which a network's file system shows what another machine wrote

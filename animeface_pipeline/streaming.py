@@ -9,13 +9,14 @@ import io
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .cli import BadInput
+from .cli import BadInput, BadInputHere
 from .config import TrainingConfig
 from .dataset import (
     NO_PICTURE,
@@ -66,7 +67,7 @@ class StreamedBatches(Batches):
         self.resolution = resolution
         self.size = total // self.num_processes  # of an update, in this process
         self.steps_per_block = max(1, BLOCK_SIZE // self.size)
-        self.total_steps = total_steps
+        self.ends = [total_steps]  # of this command, after those of former ones that this run was resumed from
         self.rows = rows
         self.reader = ThreadPoolExecutor(1)  # one block is read while another is trained on
         self.starts: dict[int, dict[str, Any]] = {0: {"epoch": 0, "rows": None}}  # where a block begins
@@ -76,7 +77,7 @@ class StreamedBatches(Batches):
     def _pictures_of(self, step: int, mine: slice) -> torch.Tensor:
         number, step_in_block = divmod(step, self.steps_per_block)
         for wanted in (number, number + 1):
-            if wanted not in self.blocks and wanted * self.steps_per_block < self.total_steps:
+            if wanted not in self.blocks and wanted * self.steps_per_block < self.ends[-1]:
                 self.blocks[wanted] = self.reader.submit(self._read_block, wanted)
         for old in [other for other in self.blocks if other < number]:
             del self.blocks[old], self.starts[old]
@@ -88,17 +89,20 @@ class StreamedBatches(Batches):
     def _read_block(self, number: int) -> torch.Tensor:
         if self.stream is None:
             self.stream = self._rows_from(**self.starts[number])
-        steps = min(self.steps_per_block, self.total_steps - number * self.steps_per_block)
-        images = [next(self.stream)["image"] for _ in range(steps * self.size)]
+        first = number * self.steps_per_block
+        last = min(first + self.steps_per_block, self.ends[-1])
+        images = [next(self.stream)["image"] for _ in range((last - first) * self.size)]
         self.starts[number + 1] = {"epoch": self.epoch, "rows": self.rows.state_dict()}
         stream = stream_seed(self.seed, f"block of process {self.process_index}", number)
-        order = np.random.default_rng(stream).permutation(len(images))
+        rng = np.random.default_rng(stream)
+        edges = [(end - first) * self.size for end in (first, *self.ends, last) if first <= end <= last]
+        order = np.concatenate([rng.permutation(np.arange(*part)) for part in pairwise(edges)])
         with ThreadPoolExecutor() as threads:
             decoded = list(threads.map(self._decode, [images[k] for k in order]))
         for first in range(0, len(decoded), self.size):
             good = [pixels for pixels in decoded[first : first + self.size] if pixels is not None]
             if not good:
-                raise BadInput(f"--streaming: none of {self.size} pictures in a row can be decoded")
+                raise BadInputHere(f"--streaming: none of {self.size} pictures in a row can be decoded")
             for k in range(first, first + self.size):
                 if decoded[k] is None:
                     decoded[k] = good[k % len(good)]
@@ -118,7 +122,7 @@ class StreamedBatches(Batches):
                 empty = False
                 yield row
             if empty and rows is None:
-                raise BadInput("--streaming: there are no pictures in the stream")
+                raise BadInputHere("--streaming: there are no pictures in the stream")
             rows = None
             self.epoch += 1
             self.rows.set_epoch(self.epoch)
@@ -136,7 +140,7 @@ class StreamedBatches(Batches):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the blocks in hand begin, in every process. To be called by all of them."""
-        return {"starts": gather_object([self._known_starts()]), "size": self.size}
+        return {"starts": gather_object([self._known_starts()]), "size": self.size, "ends": self.ends}
 
     def _known_starts(self) -> dict[int, dict[str, Any]]:
         for block in self.blocks.values():
@@ -147,6 +151,8 @@ class StreamedBatches(Batches):
         if (len(state["starts"]), state.get("size", self.size)) != (self.num_processes, self.size):
             raise BadInput("--streaming: a run goes on with as large a batch and as many processes as it began with")
         self.starts = state["starts"][self.process_index]
+        before = state.get("ends", [])  # which cut a block short, and its pictures were shuffled as far as that
+        self.ends = before + [end for end in self.ends if end > max(before, default=0)]
         self.blocks, self.stream = {}, None
 
 

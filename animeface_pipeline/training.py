@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -64,6 +65,10 @@ def _new_or_saved_pipeline(config: TrainingConfig) -> AnimeFacePipeline:
             raise BadInput(f"--resolution {config.resolution}: {name} was trained at {size}; leave the flag out")
         config.resolution, config.value_range = size, pipeline.value_range
         config.prediction_type = pipeline.scheduler.config.prediction_type
+        most = pipeline.scheduler.config.num_train_timesteps
+        if "ddpm_num_inference_steps" in config.given and config.ddpm_num_inference_steps > most:
+            raise BadInput(f"--ddpm_num_inference_steps: must be at most {most}, as in the training of {name}")
+        config.ddpm_num_inference_steps = min(config.ddpm_num_inference_steps, most)
         config.unet = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
         pipeline.scheduler = switch_scheduler(pipeline.scheduler, "ddpm")
         return pipeline
@@ -115,7 +120,7 @@ def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_schedu
 
 def load_split(config: TrainingConfig, accelerator: Accelerator, split: str) -> torch.Tensor:
     """The decoded pictures of a split; the first process of each machine decodes them for all."""
-    refusal = None
+    refusal: BadInput | None = None
     with accelerator.local_main_process_first():
         try:
             pictures = load_pictures(
@@ -129,8 +134,8 @@ def load_split(config: TrainingConfig, accelerator: Accelerator, split: str) -> 
             )
         except BadInput as error:
             refusal = error  # raised in here, it would leave the other processes waiting for ever
-    if refusal is not None:
-        raise refusal
+    if refusals := [each for each in gather_object([refusal]) if each is not None]:  # perhaps of another machine
+        raise refusals[0]
     return pictures
 
 
@@ -157,7 +162,13 @@ def adam_settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def settings_over_state(config: TrainingConfig, lr_scheduler: Any, ema: "EMA | None") -> None:
-    """Loading a checkpoint brings its settings back too; the command's go over them."""
+    """Loading a checkpoint brings its settings and its memory layout back too; the command's go over them."""
+    for weight, state in lr_scheduler.optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if (
+                state[name].stride() != weight.stride()
+            ):  # the fused update would take one weight's moment for another's
+                state[name] = torch.empty_like(weight).copy_(state[name])
     lr_scheduler.base_lrs = [config.learning_rate]
     factor = lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
     rates = {"initial_lr": config.learning_rate, "lr": config.learning_rate * factor}
@@ -300,7 +311,8 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"sums": self.sums, "skipped": self.skipped}
+        """Every process goes on with an equal share of what all of them have seen. To be called by all of them."""
+        return {"sums": reduce(self.sums, "mean"), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.sums.copy_(state["sums"])

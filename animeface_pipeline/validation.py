@@ -64,4 +64,7 @@ def build_validation(
             pictures = load_split(config, accelerator, "validation")
     except NoSuchSplit:
         return None
+    if len(pictures) < accelerator.num_processes:
+        accelerator.print(f"{len(pictures)} held-out pictures are too few for {accelerator.num_processes} processes")
+        return None
     return Validation(pictures, config, accelerator, noise_scheduler)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from animeface_pipeline import dataset
 from animeface_pipeline.cli import BadInput
 from animeface_pipeline.dataset import Batches, load_pictures, to_pixels
 from animeface_pipeline.draw_faces import draw_face
@@ -97,6 +98,25 @@ def test_the_cache_is_used_again_and_made_anew_when_the_folder_or_the_settings_c
     load_pictures(str(faces), resolution=8, cache_dir=tmp_path / "cache", show_progress=False)
     (faces / "ü.png").unlink()
     assert len(load(faces, tmp_path)) == 6 and len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_no_more_than_a_chunk_of_encoded_pictures_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    class Rows:
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, part: slice) -> dict:
+            assert len(decoded) == part.start  # all before are done with
+            return {"image": [{"path": f"{k}.png", "bytes": None} for k in range(10)[part]]}
+
+    monkeypatch.setattr(dataset, "CHUNK", 4)
+    monkeypatch.setattr(dataset, "to_pixels", lambda path, resolution: decoded.append(path) or b"0")
+    dataset._decode_all(Rows(), tmp_path / "cache", 16, "rows", show_progress=False)
+    assert sorted(decoded) == [f"{k}.png" for k in range(10)]
 
 
 def test_a_killed_run_leaves_no_broken_cache(faces: Path, tmp_path: Path) -> None:

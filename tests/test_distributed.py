@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import FULL_DISK
+from torch.distributed.checkpoint.api import CheckpointException
 from trainer import TINY_RECIPE, Trainer, make_faces
+
+from animeface_pipeline.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -51,15 +55,16 @@ def assert_close_logs(one: list[dict], two: list[dict]) -> None:
 @pytest.mark.parametrize("how", LAUNCHERS)
 def test_two_processes_against_one_and_against_themselves_resumed(how: str, tmp_path: Path) -> None:
     unet = {**TINY_RECIPE["unet"], "dropout": 0.0}  # dropout masks are drawn by each process for itself
-    trainer = Trainer(tmp_path, unet=unet, max_train_steps=6, train_batch_size=2)
+    trainer = Trainer(tmp_path, unet=unet, max_train_steps=6, train_batch_size=2, logging_steps=3)
     alone, two, resumed = tmp_path / "alone", tmp_path / "two", tmp_path / "resumed"
     trainer.faces.rename(tmp_path / "train")
     trainer.faces.mkdir()
     (tmp_path / "train").rename(trainer.faces / "train")
     make_faces(trainer.faces / "validation", 4)
     assert trainer("--output_dir", alone, "--train_batch_size", 4) == 0
-    printed = run(trainer, how, "--output_dir", two)
+    printed = run(trainer, how, "--output_dir", two, *(["--channels_last"] if how == "FSDP2" else []))
     assert printed.count("recipe:") == 1 and "2 × 1 CPU threads" in printed
+    assert ("channels_last: left off" in printed) == (how == "FSDP2")
     assert "validation_loss_ema" in trainer.log(two)[-1]
     assert_close_logs(trainer.log(alone), trainer.log(two))
     # The weights may differ by a learning rate where the gradient is nothing but rounding: Adam takes its sign.
@@ -78,12 +83,13 @@ def test_two_processes_against_one_and_against_themselves_resumed(how: str, tmp_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
-def test_two_processes_go_on_when_one_of_them_cannot_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["cached", "streamed"])
+def test_two_processes_go_on_when_one_of_them_cannot_save(flags: tuple, tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, max_train_steps=8, train_batch_size=2, save_images_epochs=100)
     program = tmp_path / "full_disk.py"
     only_the_first = FULL_DISK.replace("if 2 <= step", "if self.accelerator.is_main_process and 2 <= step")
     program.write_text(only_the_first.replace("sys.argv.pop(1)", repr(str(ROOT))), encoding="utf-8")
-    process = trainer.start("--checkpoints_total_limit", 10, program=program, **LAUNCHERS["DDP"])
+    process = trainer.start("--checkpoints_total_limit", 10, *flags, program=program, **LAUNCHERS["DDP"])
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
     assert "checkpoint-4 (" in printed and "going on, and trying again later" in printed
@@ -105,6 +111,24 @@ def test_machines_that_do_not_share_the_output_folder_are_told_so(tmp_path: Path
     assert "is not one folder for all processes" in refused("--output_dir", "out")
     assert trainer("--output_dir", tmp_path / "0" / "half") == 0  # checkpoints that only one of them has
     assert "is not one folder" in refused("--output_dir", "half", "--resume_from_checkpoint", "latest")
+
+
+def test_pictures_that_one_machine_lacks_stop_all_of_them(tmp_path: Path) -> None:
+    program = tmp_path / "own_folder.py"
+    program.write_text(OWN_FOLDER.format(root=str(ROOT), folder=str(tmp_path)), encoding="utf-8")
+    make_faces(tmp_path / "0" / "own")
+    trainer = Trainer(tmp_path)
+    process = trainer.start("--train_data_dir", "own", program=program, **LAUNCHERS["DDP"])
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert printed.count("error: --train_data_dir own: no such folder") == 1  # in the words of the first process
+
+
+def test_what_sharded_saving_raises_is_heard_of() -> None:
+    def write() -> None:
+        raise CheckpointException("no space", {})
+
+    assert RunFolder(Path("unused"), Accelerator(cpu=True))._error_of_any(write)
 
 
 def test_of_two_processes_one_refuses_bad_input_for_both(tmp_path: Path) -> None:

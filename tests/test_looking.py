@@ -2,7 +2,9 @@
 
 import importlib.util
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from conftest import tiny_unet
 from PIL import Image
 from trainer import TINY_RECIPE, Trainer, make_faces, reset_accelerate
 
-from animeface_pipeline.config import TrainingConfig, load_recipe
+from animeface_pipeline.config import TrainingConfig, load_recipe, parse_args
 from animeface_pipeline.curves import draw_curves
 from animeface_pipeline.schedulers import original_scheduler
-from animeface_pipeline.validation import Validation
+from animeface_pipeline.validation import Validation, build_validation
 
 
 @pytest.fixture
@@ -69,6 +71,17 @@ def test_the_validation_loss_has_the_same_noise_whatever_the_batch_size() -> Non
         losses.append(Validation(pictures, config, Accelerator(cpu=True), scheduler).loss(unet))
         reset_accelerate()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_fewer_held_out_pictures_than_processes_are_left_alone(split_faces: Path, tmp_path: Path) -> None:
+    printed: list[str] = []
+    of_many = SimpleNamespace(
+        num_processes=8, local_main_process_first=nullcontext, is_local_main_process=False, print=printed.append
+    )
+    Accelerator(cpu=True)
+    flags = ["--train_data_dir", str(split_faces), "--resolution", "16", "--cache_dir", str(tmp_path / "cache")]
+    assert build_validation(parse_args(flags, description=""), of_many, original_scheduler()) is None
+    assert printed == ["5 held-out pictures are too few for 8 processes"]
 
 
 # ---- trackers ----
@@ -131,6 +144,10 @@ def test_every_grid_has_the_strips_and_the_curves_beside_it(trainer: Trainer) ->
     assert [picture.tobytes() for picture in last_stages] == [picture.tobytes() for picture in finished]
     with Image.open(trainer.output / "curves.png") as curves:
         assert curves.format == "PNG" and curves.width > 600 and curves.getcolors(100_000)
+
+
+def test_an_empty_log_is_an_empty_picture() -> None:
+    assert draw_curves([]).startswith(b"\x89PNG")
 
 
 def test_curves_show_what_there_is(tmp_path: Path) -> None:

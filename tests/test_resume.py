@@ -254,6 +254,15 @@ def test_fewer_updates_than_are_done_are_refused(tmp_path: Path, capsys: pytest.
     assert "4 updates are done already, and these settings want 3 in all" in capsys.readouterr().err
 
 
+def test_a_card_in_another_encoding_is_somebodys_own(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, 4)
+    assert trainer("--max_train_steps", 2) == 0
+    written = "我的模型".encode("gbk")
+    (trainer.output / "README.md").write_bytes(written)
+    assert trainer(*RESUME) == 0
+    assert (trainer.output / "README.md").read_bytes() == written
+
+
 def test_an_unreadable_line_of_the_log_is_left_out(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, 6, num_epochs=10)
     assert trainer("--max_train_steps", 4) == 0
@@ -269,12 +278,20 @@ def test_an_unreadable_line_of_the_log_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(
     ("number", "to"),
-    [(signal.SIGTERM, "process"), (signal.SIGINT, "process"), (signal.SIGTERM, "group"), (signal.SIGTERM, "launcher")],
+    [
+        (signal.SIGTERM, "process"),
+        (signal.SIGINT, "process"),
+        (getattr(signal, "SIGHUP", None), "process"),
+        (signal.SIGTERM, "process, twice"),
+        (signal.SIGTERM, "group"),
+        (signal.SIGTERM, "launcher"),
+    ],
 )
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
     number: signal.Signals, to: str, tmp_path: Path
 ) -> None:
     trainer = trainer_for(tmp_path, 100_000, num_epochs=100_000, save_images_epochs=100_000, checkpointing_steps=10**6)
+    to, _, twice = to.partition(", ")
     launcher = (sys.executable,) if to == "process" else LAUNCH
     command = [*launcher, str(Path(__file__).resolve().parent.parent / "train_accelerate.py"), *trainer.argv()]
     printed = tmp_path / "printed.txt"
@@ -283,6 +300,9 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
         wait_for(lambda: (trainer.output / "log.jsonl").exists() and len(trainer.log()) > 3)
         send = os.killpg if to == "group" else os.kill
         send(process.pid, number)
+        if twice:  # by a scheduler to all processes, and once more by their launcher
+            wait_for(lambda: "finishing this update" in printed.read_text())
+            send(process.pid, number)
         process.wait(timeout=60)
         wait_for(lambda: "to go on" in printed.read_text() or "goes on" in printed.read_text())
     if to == "process":
@@ -295,6 +315,37 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
     wait_for(lambda: not Path(f"{trainer.output}.lock").exists())
     assert trainer("--max_train_steps", done + 1, *RESUME) == 0
     assert [entry["step"] for entry in trainer.log()] == list(range(1, done + 2))
+
+
+def test_once_more_after_a_while_stops_without_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    import animeface_pipeline.run as run
+
+    signals = run.Signals()
+    signals.listen()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # at once: the same one
+        assert signals.number == signal.SIGINT
+        monkeypatch.setattr(run, "SAME_SIGNAL", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signals.restore()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_what_nohup_has_ignored_stays_ignored() -> None:
+    import animeface_pipeline.run as run
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = run.Signals()
+    signals.listen()
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.number == 0
+    finally:
+        signals.restore()
+        signal.signal(signal.SIGHUP, before)
 
 
 def wait_for(holds: object, seconds: float = 60) -> None:

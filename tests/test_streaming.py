@@ -44,8 +44,8 @@ def shards(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards", [png(seed) for seed in range(32)])
 
 
-def batches_of(folder: Path, **options: object) -> StreamedBatches:
-    argv = ["--dataset_name", str(folder), "--streaming", "--max_train_steps", "32", "--resolution", "16"]
+def batches_of(folder: Path, steps: int = 32, **options: object) -> StreamedBatches:
+    argv = ["--dataset_name", str(folder), "--streaming", "--max_train_steps", str(steps), "--resolution", "16"]
     config = parse_args([*argv, "--train_batch_size", "2"], description="")
     usual = {"gradient_accumulation_steps": 1, "num_processes": 1, "process_index": 0, "random_flip": False}
     return build_streamed_batches(config, **{**usual, **options})
@@ -78,6 +78,21 @@ def test_a_stream_goes_on_at_the_exact_picture(shards: Path, small_blocks: None,
     assert seen(first, range(stopped_after)) == whole[: 2 * stopped_after]
     second.load_state_dict(first.state_dict())
     assert seen(second, range(stopped_after, 24)) == whole[2 * stopped_after :]
+
+
+@pytest.mark.parametrize("ends", [(6, 16), (5, 6, 16), (16, 7, 16)])  # a block has four updates
+def test_a_stream_goes_on_at_the_exact_picture_with_another_number_of_updates(
+    ends: tuple[int, ...], shards: Path, small_blocks: None
+) -> None:
+    pictures, done, state = [], 0, None
+    for end in ends:
+        batches = batches_of(shards, end)
+        if state is not None:
+            batches.load_state_dict(state)
+        stop = min(end, 5) if end == max(ends) and state is None else end
+        pictures += seen(batches, range(done, stop))
+        done, state = stop, batches.state_dict()
+    assert len(pictures) == 32 and set(Counter(pictures).values()) == {1}
 
 
 def test_a_run_resumed_from_a_stream_ends_with_the_same_weights(tmp_path: Path, shards: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from conftest import tiny_unet
 from fake_hub import FakeHub
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from trainer import PROGRAM, Trainer
 
 from animeface_pipeline import AnimeFacePipeline
 from animeface_pipeline.draw_faces import draw_face
+from animeface_pipeline.schedulers import original_scheduler
 
 
 @pytest.fixture
@@ -75,6 +77,18 @@ def test_fine_tuning_takes_range_schedule_and_size_from_the_pipeline(trainer: Tr
     assert after.scheduler.config.prediction_type == "v_prediction"
     pairs = zip(before.unet.parameters(), after.unet.parameters())
     assert max((one - two).abs().max().item() for one, two in pairs) < 1e-4  # one step of 1e-5
+
+
+def test_fine_tuning_a_pipeline_of_a_short_schedule(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    short = AnimeFacePipeline(tiny_unet(), original_scheduler(num_train_timesteps=20))
+    short.save_pretrained(tmp_path / "short")
+    flags = ["--config", "original", "--pretrained_model_name_or_path", tmp_path / "short", "--max_train_steps", 1]
+    assert trainer(*flags, "--ddpm_num_inference_steps", 100) == 2
+    assert "--ddpm_num_inference_steps: must be at most 20" in capsys.readouterr().err
+    assert trainer(*flags, "--eval_batch_size", 1) == 0
+    assert AnimeFacePipeline.from_pretrained(trainer.output).scheduler.config.num_train_timesteps == 20
 
 
 def test_a_data_set_and_a_network_from_files(trainer: Trainer, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from animeface_pipeline.training import (
     diffusion_loss,
     min_snr_weights,
     sample_grid,
+    settings_over_state,
     update,
 )
 
@@ -124,6 +125,35 @@ def test_an_update_with_gradients_that_are_not_finite_is_skipped(bad: float) -> 
     read = meter.read(accelerator)
     assert (read["skipped_updates"], read["skipped_in_a_row"]) == (2, 0)
     assert math.isfinite(read["loss"]) and all(math.isfinite(value) for value in read["loss_by_quartile"])
+
+
+def test_a_state_of_another_memory_layout_goes_on_as_if_it_were_of_this_one() -> None:
+    accelerator, config = Accelerator(), config_of("--learning_rate", "0.01")
+    nets = [tiny_unet(), tiny_unet(), tiny_unet().to(memory_format=torch.channels_last)]
+    for unet in nets[1:]:
+        unet.load_state_dict(nets[0].state_dict())
+    generator = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(weight.shape, generator=generator) for weight in nets[0].parameters()] for _ in (0, 1)]
+
+    def step(unet: torch.nn.Module, optimizer: object, which: int) -> None:
+        for weight, gradient in zip(unet.parameters(), gradients[which]):
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+        update(accelerator, accelerator.prepare(optimizer), unet, max_grad_norm=None)
+
+    saved = None
+    for unet in nets:  # the first update in the first of them, the second update in all
+        optimizer, lr_scheduler = build_optimizer(config, unet, total_steps=3)
+        if saved is None:
+            step(unet, optimizer, 0)
+            saved, weights = optimizer.state_dict(), copy.deepcopy(unet.state_dict())
+        else:
+            unet.load_state_dict(weights)
+            optimizer.load_state_dict(copy.deepcopy(saved))
+            settings_over_state(config, lr_scheduler, None)
+            step(unet, optimizer, 1)
+    once, twice, twice_channels_last = (unet.parameters() for unet in nets)
+    for before, expected, found in zip(once, twice, twice_channels_last):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-5) and not torch.allclose(before, expected, atol=1e-5)
 
 
 def test_the_meter_sorts_errors_by_timestep_quartile() -> None:

@@ -71,7 +71,8 @@ class Trainer:
         sys.path.insert(0, str(PROGRAM.parent))
         import train_accelerate
 
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+        handlers = {number: signal.getsignal(number) for number in numbers}
         with pytest.raises(SystemExit) as ended:
             train_accelerate.main(self.argv(*map(str, flags)))
         for number, handler in handlers.items():
