@@ -165,9 +165,7 @@ def settings_over_state(config: TrainingConfig, lr_scheduler: Any, ema: "EMA | N
     """Loading a checkpoint brings its settings and its memory layout back too; the command's go over them."""
     for weight, state in lr_scheduler.optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            if (
-                state[name].stride() != weight.stride()
-            ):  # the fused update would take one weight's moment for another's
+            if state[name].stride() != weight.stride():  # the fused update would mix up the weights' moments
                 state[name] = torch.empty_like(weight).copy_(state[name])
     lr_scheduler.base_lrs = [config.learning_rate]
     factor = lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
