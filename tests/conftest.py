@@ -22,6 +22,8 @@ TINY = {
 }
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `pytest &` hands down an ignored one
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does nohup
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

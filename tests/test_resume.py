@@ -303,7 +303,10 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
         if twice:  # by a scheduler to all processes, and once more by their launcher
             wait_for(lambda: "finishing this update" in printed.read_text())
             send(process.pid, number)
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
         wait_for(lambda: "to go on" in printed.read_text() or "goes on" in printed.read_text())
     if to == "process":
         assert process.returncode == 128 + number
