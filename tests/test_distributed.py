@@ -83,7 +83,9 @@ def test_two_processes_against_one_and_against_themselves_resumed(how: str, tmp_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
-@pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["cached", "streamed"])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--streaming",), marks=pytest.mark.slow)], ids=["cached", "streamed"]
+)
 def test_two_processes_go_on_when_one_of_them_cannot_save(flags: tuple, tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, max_train_steps=8, train_batch_size=2, save_images_epochs=100)
     program = tmp_path / "full_disk.py"

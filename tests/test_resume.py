@@ -148,7 +148,14 @@ def test_latest_skips_an_incomplete_checkpoint_and_says_so(tmp_path: Path, capsy
     assert [entry["step"] for entry in trainer.log()] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.bin",
+        pytest.param("model.safetensors", marks=pytest.mark.slow),
+        pytest.param("custom_checkpoint_0.pkl", marks=pytest.mark.slow),
+    ],
+)
 def test_latest_skips_a_damaged_checkpoint_and_its_name_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -281,8 +288,8 @@ def test_an_unreadable_line_of_the_log_is_left_out(tmp_path: Path) -> None:
     [
         (signal.SIGTERM, "process"),
         (signal.SIGINT, "process"),
-        (getattr(signal, "SIGHUP", None), "process"),
-        (signal.SIGTERM, "process, twice"),
+        pytest.param(getattr(signal, "SIGHUP", None), "process", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "process, twice", marks=pytest.mark.slow),
         (signal.SIGTERM, "group"),
         (signal.SIGTERM, "launcher"),
     ],
@@ -308,7 +315,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
         finally:
             process.kill()
         wait_for(lambda: "to go on" in printed.read_text() or "goes on" in printed.read_text())
-    if to == "process":
+    if to == "process" and not twice:  # the second one may come when all is saved and Python no longer listens
         assert process.returncode == 128 + number
     text = printed.read_text()
     assert f"stopped by {number.name}, saved after update" in text
