@@ -93,17 +93,16 @@ class StreamedBatches(Batches):
         last = min(first + self.steps_per_block, self.ends[-1])
         images = [next(self.stream)["image"] for _ in range((last - first) * self.size)]
         self.starts[number + 1] = {"epoch": self.epoch, "rows": self.rows.state_dict()}
-        stream = stream_seed(self.seed, f"block of process {self.process_index}", number)
-        rng = np.random.default_rng(stream)
+        rng = np.random.default_rng(stream_seed(self.seed, f"block of process {self.process_index}", number))
         edges = [(end - first) * self.size for end in (first, *self.ends, last) if first <= end <= last]
         order = np.concatenate([rng.permutation(np.arange(*part)) for part in pairwise(edges)])
         with ThreadPoolExecutor() as threads:
             decoded = list(threads.map(self._decode, [images[k] for k in order]))
-        for first in range(0, len(decoded), self.size):
-            good = [pixels for pixels in decoded[first : first + self.size] if pixels is not None]
+        for start in range(0, len(decoded), self.size):
+            good = [pixels for pixels in decoded[start : start + self.size] if pixels is not None]
             if not good:
                 raise BadInputHere(f"--streaming: none of {self.size} pictures in a row can be decoded")
-            for k in range(first, first + self.size):
+            for k in range(start, start + self.size):
                 if decoded[k] is None:
                     decoded[k] = good[k % len(good)]
         shape = (len(decoded), 3, self.resolution, self.resolution)
