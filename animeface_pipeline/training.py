@@ -113,6 +113,8 @@ def build_batches(config: TrainingConfig, accelerator: Accelerator, noise_schedu
     if config.streaming:
         return build_streamed_batches(config, **options)
     pictures = load_split(config, accelerator, "train")
+    if len(pictures) < accelerator.num_processes:
+        raise BadInput(f"{len(pictures)} pictures are too few for {accelerator.num_processes} processes; start fewer")
     if accelerator.device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(accelerator.device)[0] / 4:
         pictures = pictures.to(accelerator.device)
     return Batches(pictures, config.train_batch_size, config.seed, **options)

@@ -14,9 +14,11 @@ from conftest import tiny_unet
 from PIL import Image
 from trainer import TINY_RECIPE, Trainer, make_faces, reset_accelerate
 
+from animeface_pipeline.cli import BadInput
 from animeface_pipeline.config import TrainingConfig, load_recipe, parse_args
 from animeface_pipeline.curves import draw_curves
 from animeface_pipeline.schedulers import original_scheduler
+from animeface_pipeline.training import build_batches
 from animeface_pipeline.validation import Validation, build_validation
 
 
@@ -73,15 +75,24 @@ def test_the_validation_loss_has_the_same_noise_whatever_the_batch_size() -> Non
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_fewer_held_out_pictures_than_processes_are_left_alone(split_faces: Path, tmp_path: Path) -> None:
+def test_fewer_pictures_than_processes(split_faces: Path, tmp_path: Path) -> None:
+    """Held out, they are left alone; to train on, they are refused."""
     printed: list[str] = []
     of_many = SimpleNamespace(
-        num_processes=8, local_main_process_first=nullcontext, is_local_main_process=False, print=printed.append
+        num_processes=8,
+        process_index=0,
+        device=torch.device("cpu"),
+        local_main_process_first=nullcontext,
+        is_local_main_process=False,
+        print=printed.append,
     )
     Accelerator(cpu=True)
     flags = ["--train_data_dir", str(split_faces), "--resolution", "16", "--cache_dir", str(tmp_path / "cache")]
-    assert build_validation(parse_args(flags, description=""), of_many, original_scheduler()) is None
+    config = parse_args(flags, description="")
+    assert build_validation(config, of_many, original_scheduler()) is None
     assert printed == ["5 held-out pictures are too few for 8 processes"]
+    with pytest.raises(BadInput, match="6 pictures are too few for 8 processes"):
+        build_batches(config, of_many, original_scheduler())
 
 
 # ---- trackers ----
